@@ -1,0 +1,33 @@
+# make repro   install, fetch the embedded data, run the pipeline, print the results
+# make test    install, check and test everything, the whole pipeline in small included
+# make lab     JupyterLab on the notebooks
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export DVC_NO_ANALYTICS := 1
+
+.PHONY: repro test nightly lab publish docs clean
+repro: $(VENV)/installed
+	dvc pull -q data.dvc pretrain
+	u2seg check
+	dvc repro
+	u2seg table
+
+test: $(VENV)/installed
+	dvc pull -q data.dvc pretrain
+	python -m pytest -q tests
+
+lab: $(VENV)/installed
+	jupyter lab --notebook-dir=nbs
+
+# after a good run: copy the stages' outputs into nbs/, so that the notebooks read as the paper
+publish: $(VENV)/installed
+	u2seg publish
+	dvc commit -qf
+
+$(VENV)/installed: setup.py settings.ini constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 13) else "u2seg needs Python 3.10 to 3.13; this is %d.%d. Name another one: make PYTHON=python3.12 ..." % v)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
