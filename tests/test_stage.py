@@ -1,0 +1,129 @@
+"""Stages under bad parameters, and sharded work under kills, broken shards and several processes."""
+import json, os, random, signal, subprocess, sys, time
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+from u2seg import stage as S
+
+WORKER = '''
+import sys, time
+from u2seg.stage import sharded
+from u2seg.images import write_json
+folder, pause = sys.argv[1], float(sys.argv[2])
+items = [dict(id=i, file_name=f'{i}.jpg') for i in range(200)]
+def load(item):
+    if item['id'] % 37 == 5: raise ValueError(f"{item['file_name']}: broken")
+    return item['id']
+def work(batch):
+    time.sleep(pause)
+    return [dict(value=i * i) for i in batch]
+records, skipped = sharded(items, load, work, folder + '/shards', key=dict(a=1), shard_size=7, batch_size=3)
+write_json(folder + '/out%s.json' % __import__('os').environ.get('RANK', ''), dict(records=records, skipped=skipped))
+'''
+
+
+@pytest.fixture
+def worker(tmp_path):
+    script = tmp_path/'worker.py'; script.write_text(WORKER)
+    def start(folder, pause=0., **env):
+        Path(folder).mkdir(exist_ok=True)
+        return subprocess.Popen([sys.executable, str(script), str(folder), str(pause)], env=os.environ | {k: str(v) for k, v in env.items()})
+    return start
+
+
+def test_killed_at_random_moments_ends_with_the_same_bytes(tmp_path, worker):
+    assert worker(tmp_path/'whole').wait() == 0
+    rng = random.Random(0)
+    for goal in sorted(rng.sample(range(1, 28), 10)):       # killed when that many shards are finished, somewhere in the next one
+        p = worker(tmp_path/'killed', .01)
+        while len(list((tmp_path/'killed').rglob('shard_*.json'))) < goal: time.sleep(.005)
+        time.sleep(rng.uniform(0, .03)); p.send_signal(signal.SIGKILL)
+        assert p.wait() == -signal.SIGKILL
+    assert worker(tmp_path/'killed').wait() == 0
+    assert (tmp_path/'killed'/'out.json').read_bytes() == (tmp_path/'whole'/'out.json').read_bytes()
+    files = lambda d: {p.name: p.read_bytes() for p in (tmp_path/d/'shards').rglob('*.json')}
+    assert files('killed') == files('whole') and len(files('whole')) == 29
+
+
+def test_three_workers_share_the_work_and_agree(tmp_path, worker):
+    assert worker(tmp_path/'one').wait() == 0
+    ps = [worker(tmp_path/'three', RANK=r, WORLD_SIZE=3) for r in range(3)]
+    assert [p.wait() for p in ps] == [0, 0, 0]
+    whole = (tmp_path/'one'/'out.json').read_bytes()
+    assert all((tmp_path/'three'/f'out{r}.json').read_bytes() == whole for r in range(3))
+    assert len(json.loads(whole)['skipped']) == 6 and len(json.loads(whole)['records']) == 194
+
+
+def test_one_worker_killed_and_restarted_loses_nothing(tmp_path, worker):
+    assert worker(tmp_path/'one').wait() == 0
+    a, b = worker(tmp_path/'two', .01, RANK=0, WORLD_SIZE=2), worker(tmp_path/'two', .01, RANK=1, WORLD_SIZE=2)
+    while not list((tmp_path/'two').rglob('shard_000001.json')): time.sleep(.005)
+    b.kill(); b.wait()
+    assert worker(tmp_path/'two', RANK=1, WORLD_SIZE=2).wait() == 0 and a.wait() == 0
+    assert (tmp_path/'two'/'out0.json').read_bytes() == (tmp_path/'one'/'out.json').read_bytes()
+
+
+@pytest.mark.parametrize('damage', [lambda b: b[:10], lambda b: b'', lambda b: b'[]', lambda b: b'{"a": 1}', lambda b: b'[1, 2, 3, 4]'])
+def test_damaged_shard_is_made_again(tmp_path, damage):
+    items = [dict(id=i, file_name=str(i)) for i in range(8)]
+    run = lambda: S.sharded(items, lambda i: i['id'], lambda b: [dict(v=i) for i in b], tmp_path, key={}, shard_size=4)
+    first = run(); shard = next(tmp_path.rglob('shard_000001.json')); shard.write_bytes(damage(shard.read_bytes()))
+    assert run() == first
+
+
+def test_fault_of_the_program_is_not_swallowed(tmp_path):
+    def work(batch): raise ZeroDivisionError('bug')
+    with pytest.raises(ZeroDivisionError): S.sharded([dict(file_name='a')], lambda i: i, work, tmp_path, key={})
+    with pytest.raises(RuntimeError, match='more records'): S.sharded([dict(file_name='a')], lambda i: i, lambda b: [{}, {}], tmp_path, key={})
+
+
+@pytest.fixture
+def repo(tmp_path):
+    cell = nbformat.v4.new_code_cell
+    nb = nbformat.v4.new_notebook(cells=[cell("a = 1\nb = 0.5\nname = 'x'\nmany = [1]\nroot = '..'", metadata=dict(tags=['parameters'])),
+                                         cell("if a < 0: raise ValueError(f'a must be at least 0, got {a}')", metadata=dict(tags=['check'])),
+                                         cell("if name == 'boom': raise RuntimeError('it broke')"), cell('a + b')])
+    (tmp_path/'nbs').mkdir(); nbformat.write(nb, tmp_path/'nbs'/'10_run_one.ipynb')
+    def write(**section): (tmp_path/'params.yaml').write_text(yaml.safe_dump(dict(one=dict(a=1, b=.5, name='x', many=[1]) | section))); return tmp_path
+    return write
+
+
+@pytest.mark.parametrize('change,message', [
+    (dict(c=1), 'unknown name one.c; allowed: a, b, many, name'), (dict(a=1.5), 'one.a must be int'), (dict(a=True), 'one.a must be int'), (dict(b='.5'), 'one.b must be float'),
+    (dict(many=3), 'one.many must be list'), (dict(a=-1), 'a must be at least 0, got -1')])
+def test_bad_parameters_fail_before_any_work(repo, change, message):
+    with pytest.raises(ValueError, match=message): S.check_stages(repo(**change))
+    with pytest.raises(ValueError, match=message): S.run_stage('one', repo(**change))
+    assert not (repo()/'out').exists()
+
+
+def test_an_int_serves_as_a_float(repo): assert S.check_stages(repo(b=1)) == ['one']
+
+
+def test_unknown_section_and_stage(repo):
+    root = repo(); (root/'params.yaml').write_text((root/'params.yaml').read_text() + 'tow: {}\n')
+    with pytest.raises(ValueError, match="unknown section 'tow'"): S.check_stages(root)
+    with pytest.raises(ValueError, match="no stage 'tow'; the stages are one"): S.run_stage('tow', root)
+
+
+@pytest.mark.parametrize('text,message', [('a: [1', 'not valid YAML'), ('3', 'one section a stage'), ('', 'one section a stage')])
+def test_broken_params_file(repo, text, message):
+    root = repo(); (root/'params.yaml').write_text(text)
+    with pytest.raises(ValueError, match=message): S.check_stages(root)
+
+
+def test_failing_stage_is_one_sentence_and_leaves_no_output(repo):
+    root = repo(name='boom')
+    with pytest.raises(SystemExit, match='stage one: RuntimeError: it broke'): S.run_stage('one', root)
+    assert not (root/'out'/'one'/'run.ipynb').exists()
+
+
+def test_publish_refuses_code_that_did_not_run(repo):
+    root = repo(); S.run_stage('one', root); S.publish('one', root)
+    path = root/'nbs'/'10_run_one.ipynb'; nb = nbformat.read(path, 4)
+    assert nb.cells[3].outputs[0].data['text/plain'] == '1.5'
+    nb.cells[3].source = 'a - b'; nbformat.write(nb, path)
+    with pytest.raises(ValueError, match='is not the one that ran'): S.publish('one', root)
