@@ -82,7 +82,7 @@ SKIES = (((.59, .62, .78), (.56, .16, .97)), ((.63, .50, .62), (.06, .34, .95)),
 def sky(rng, y, x):
     "A gradient from zenith to horizon with lit clouds."
     top, low = (hsv(*c) for c in SKIES[rng.integers(len(SKIES))])
-    n = tile(rng, 3.1, sy=1.5)
+    n = tile(rng, 3.1, sx=1.5)
     puff = n + .22*tile(rng, 1.8, f0=5)
     start = rng.uniform(-.2, 1.)
     cover = smoothstep(start, start + rng.uniform(.7, 1.6), look(puff, y, x))*rng.uniform(.35, .9)
@@ -324,7 +324,7 @@ def mushroom(rng, u, v, c):
     light = dome(a, 1.1*b + .15)
     yield cap, c[0]*light
     for k in range(rng.integers(5, 9)):
-        x, y, r = 1.5*((k*.618) % 1 - .5) + .08*rng.normal(), rim - ry*(.22 + .56*((k*.382) % 1)), rng.uniform(.09, .17)
+        x, y, r = 1.6*((k*.7549 + .35) % 1 - .5) + .05*rng.normal(), rim - ry*(.18 + .62*((k*.5698 + .1) % 1)), rng.uniform(.09, .17)
         yield cap & disc(u, v, x, y, r*(1 - .3*abs(x)), r*.82), (.25*c[1] + .72)*light
 
 # %% ../nbs/01_scenes.ipynb #flower
@@ -361,7 +361,8 @@ def thing(rng, name, size, cx, cy, radius, avoid, *, oversample=2):
     reach = 1.22*radius
     y0, y1, x0, x1 = (int(np.clip(t, 0, size)) for t in (cy - reach, cy + reach + 1, cx - reach, cx + reach + 1))
     colours, paint = palette(rng, avoid), PAINT_THING[name]
-    turn, shear, aspect = rng.uniform(-1, 1)*TURN[name], .08*rng.normal(), np.exp(.08*rng.normal())
+    turn, bend = rng.uniform(-1, 1)*TURN[name], .015 if name == 'ball' else .08
+    shear, aspect = bend*rng.normal(), np.exp(bend*rng.normal())
     flip, soft = rng.choice([-1, 1]), .010 if name in RIGID else .022
     wave, phase = rng.uniform(1.5, 4.5, (2, 3, 2)), rng.uniform(0, 6.28, (2, 3))
     if y1 <= y0 or x1 <= x0: return (slice(0, 0), slice(0, 0)), np.zeros((0, 0, 3), np.float32), np.zeros((0, 0), np.float32)
@@ -417,16 +418,16 @@ GROUNDS = 'grass', 'water', 'sand'
 # %% ../nbs/01_scenes.ipynb #places
 def places(rng, kind, horizon):
     "Where the things stand: list of (name, x, y, radius), in fractions of the side, from back to front."
-    count, p, low, high = ((1, 2, 3), (.5, .35, .15), .15, .33) if kind == 'objects' else ((1, 2, 3, 4, 5), (.12, .24, .28, .22, .14), .075, .20)
+    count, p, low, high = ((1, 2, 3), (.5, .35, .15), .17, .34) if kind == 'objects' else ((1, 2, 3, 4, 5), (.12, .24, .28, .22, .14), .075, .20)
     n = rng.choice(count, p=p)
-    if kind == 'objects': high -= .035*(n - 1)
+    if kind == 'objects': high -= .048*(n - 1)
     spots = []
     for _ in range(n):
         radius, name = np.exp(rng.uniform(np.log(low), np.log(high))), THINGS[rng.integers(len(THINGS))]
-        for _ in range(30):
+        for _ in range(60):
             if kind == 'objects':
                 x, y = rng.uniform(radius + .02, 1 - radius - .02, 2) if rng.random() < .94 else rng.uniform(.1, .9, 2)
-                gap = 1.08
+                gap = 1.0
             else:
                 x, y = rng.uniform(.04, .96), rng.uniform(horizon/TILE, .97) if rng.random() < .78 else rng.uniform(.08, .95)
                 gap = .72
@@ -440,7 +441,7 @@ def camera(rng, rgb):
     "Uneven light, tint, gamma, blur and sensor noise -> uint8 [H, W, 3]."
     y, x = wall(len(rgb))
     a = rng.uniform(0, 2*np.pi)
-    slope = (np.cos(a)*(x/TILE - .5) + np.sin(a)*(y/TILE - .5))*rng.uniform(0, .40)
+    slope = (np.cos(a)*(x/TILE - .5) + np.sin(a)*(y/TILE - .5))*rng.uniform(0, .32)
     light = np.clip(1 + slope + .04*look(tile(rng, 4), y, x), .4, 1.6)
     rgb = rgb*light[..., None]*(1 + .04*rng.standard_normal(3)).astype(np.float32)
     rgb = np.clip(rgb, 0, 1)**np.exp(.12*rng.normal())
@@ -458,7 +459,7 @@ def draw_scene(seed, kind='objects', size=128):
         rgb = mix(rgb, colour, where if where.all() else gaussian_filter(where.astype(np.float32), .7))
         if name not in segments: segments.append(name)
         ids[where] = segments.index(name) + 1
-    if kind == 'objects': rgb = mix(rgb, rgb.mean((0, 1)), np.float32(.25))
+    if kind == 'objects': rgb = mix(rgb, rgb.mean((0, 1)), np.float32(.35))
     behind = ids.copy()
     for name, x, y, radius in places(rng, kind, horizon):
         cx, cy, r = x*size, y*size, radius*size
@@ -520,7 +521,7 @@ def _write(job):
     root, seed, kind, split, i, quality = job
     image, ids, segments = _draw(((seed, KINDS.index(kind), SPLITS.index(split), i), kind))
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, 'JPEG', quality=quality)
+    Image.fromarray(image).save(buffer, 'JPEG', quality=quality, optimize=True)
     write_atomic(Path(root)/kind/split/f'{i + 1:06d}.jpg', buffer.getvalue())
     write_ids(Path(root)/kind/'annotations'/f'panoptic_{split}'/f'{i + 1:06d}.png', ids)
     return segments
