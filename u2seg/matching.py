@@ -87,11 +87,11 @@ def semantic_votes(pred:np.ndarray,  # int [H, W], 1 ... n_clusters; all else is
 
 # %% ../nbs/70_matching.ipynb #map_instances
 def map_instances(detections:list[dict], # category_id = cluster + 1
-                  mapping:np.ndarray,    # [k], column or -1
-                  class_ids:list[int],   # category id of each column
-                  )->list[dict]:         # the detections that are left, with the classes' category ids
+                  category_of:np.ndarray, # [k], category id of each cluster, -1 = unmatched
+                  )->list[dict]:         # the detections that are left, under their categories
     "Rename clusters to classes."
-    return [dict(d, category_id=class_ids[j]) for d in detections if (j := int(mapping[d['category_id'] - 1])) >= 0]
+    table = np.asarray(category_of).tolist()
+    return [dict(d, category_id=c) for d in detections if (c := table[d['category_id'] - 1]) >= 0]
 
 # %% ../nbs/70_matching.ipynb #save_mapping
 def file_hash(path:str|Path)->str:
