@@ -42,7 +42,7 @@ def resize(image:Tensor,          # uint8 [3, H, W]
     if tuple(image.shape[1:]) == tuple(size): return image, visible(target)
     out = {**target, 'masks': _nearest(target['masks'], size)}
     if 'sem' in target: out['sem'] = _nearest(target['sem'][None], size)[0]
-    return F.interpolate(image[None], size, mode='bilinear', antialias=True)[0], visible(out)
+    return F.interpolate(image[None].float(), size, mode='bilinear', antialias=True)[0].round().clamp(0, 255).byte(), visible(out)
 
 def _nearest(x:Tensor, size:tuple[int, int])->Tensor: # [m, *size], the dtype of `x`
     rows, cols = (((torch.arange(n) + .5) * (old / n)).long().clamp(max=old - 1) for n, old in zip(size, x.shape[1:]))

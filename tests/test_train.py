@@ -1,0 +1,335 @@
+"Training: killed and resumed, in one process and in two, against plain formulas."
+import functools, json, math, os, signal
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from u2seg.images import decode_rle, encode_rle, instances_json, write_png
+from u2seg.train import (Batches, PseudoLabels, clip_gradients, detect, epoch_batches, fit, launch, load_initial, lr_factor, parameter_groups, precise_bn,
+                         save_model, self_training_labels)
+
+RECIPE = dict(n_iters=14, lr=.05, schedule='step', steps=[8, 12], gamma=.1, flat=0., warmup=3, warmup_factor=.001, optimizer='sgd', momentum=.9, weight_decay=1e-3,
+              cls_lr_multiplier=2., clip='parameter', clip_value=1., amp=None, accumulate=1, ema=0., precise_bn=0, checkpoint_every=4, log_every=3)
+VIEWS = dict(batch_size=4, seed=3, short_sides=[16, 20], max_size=40, flip=.5, colour=(.2, .2, .2, .1), paste='plain', paste_rate=.8, paste_scale=(.3, .8))
+
+
+class Tiny(nn.Module):
+    "The detector's interface on one convolution; it draws random numbers, as the sampling of regions does."
+    def __init__(self, norm='bn', chance=True):
+        super().__init__()
+        torch.manual_seed(1)
+        self.chance = chance
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8) if norm == 'bn' else nn.GroupNorm(2, 8), nn.ReLU())
+        self.cls_score, self.unused = nn.Conv2d(8, 4, 1), nn.Linear(2, 2)
+    def forward(self, images, targets):
+        sem, count = [], []
+        for im, t in zip(images, targets):
+            x = self.cls_score(self.body(im[None] / 255))
+            if self.chance: x = x + .1 * torch.randn_like(x)
+            sem.append(nn.functional.cross_entropy(x, t['sem'][None].clamp(max=3)))
+            count.append((x.mean() - len(t['labels'])).abs() * .01)
+        return dict(loss_sem_seg=sum(sem) / len(sem), loss_count=sum(count) / len(count))
+
+
+@pytest.fixture
+def data(tmp_path):
+    rng, images, notes = np.random.default_rng(0), [], []
+    for i in range(1, 12):
+        h, w = (20, 28) if i % 3 else (28, 20)
+        stuff = rng.integers(1, 4, (h, w), dtype=np.uint8)
+        for _ in range(i % 4):
+            y, x = rng.integers(0, h - 6), rng.integers(0, w - 6)
+            mask = np.zeros((h, w), bool); mask[y:y + 6, x:x + 6] = True
+            stuff[mask] = 0
+            notes.append(dict(image_id=i, category_id=int(rng.choice([2, 5, 9])), segmentation=encode_rle(mask), score=1.))
+        write_png(tmp_path/f'{i}.png', rng.integers(0, 256, (h, w, 3), dtype=np.uint8)); write_png(tmp_path/'stuff'/f'{i:012d}.png', stuff)
+        images.append(dict(id=i, file_name=f'{i}.png', width=w, height=h))
+    coco = instances_json(images, notes, [dict(id=c, name=str(c)) for c in (2, 5, 9)])
+    return PseudoLabels(tmp_path, coco, tmp_path/'stuff', cache=True)
+
+
+def equal(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+class Broken(Batches):
+    "Ends the process' work when it comes to a given batch: by an error, or by a signal."
+    def part(self, i, rank, world):
+        if i == self.at and self.how == 'error': raise KeyError('power cut')
+        if i == self.at: os.kill(os.getpid(), self.how)
+        return super().part(i, rank, world)
+
+
+VARIANTS = dict(sgd={}, adamw=dict(optimizer='adamw', lr=1e-2, schedule='cosine', flat=.4, clip='global', ema=.9, precise_bn=2), bf16=dict(amp='bf16', accumulate=2, clip=None))
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_killed_anywhere_it_ends_with_the_same_bytes(data, tmp_path, variant):
+    recipe = {**RECIPE, **VARIANTS[variant]}
+    whole = Tiny(); fit(whole, Batches(data, **VIEWS), folder=tmp_path/'whole', **recipe)
+    for at, how, exc in ((0, 'error', KeyError), (5, signal.SIGTERM, SystemExit), (9, 'error', KeyError), (10, signal.SIGINT, KeyboardInterrupt), (13, signal.SIGTERM, SystemExit)):
+        broken = Broken(data, **VIEWS); broken.at, broken.how = at, how
+        folder = tmp_path/f'{at}'
+        with pytest.raises(exc): fit(Tiny(), broken, folder=folder, **recipe)
+        again = Tiny(); fit(again, Batches(data, **VIEWS), folder=folder, **recipe)
+        assert equal(whole, again), f'killed at {at}'
+        assert (folder/'log.csv').read_bytes() == (tmp_path/'whole'/'log.csv').read_bytes()
+    third = Tiny(); rows = fit(third, Batches(data, **VIEWS), folder=tmp_path/'0', **recipe)     # finished: only loaded
+    assert equal(whole, third) and rows[-1]['iteration'] == 14
+    assert all(signal.getsignal(s) in (signal.SIG_DFL, signal.default_int_handler) for s in (signal.SIGTERM, signal.SIGINT))
+
+
+def test_killed_many_times_in_one_run(data, tmp_path):
+    whole = Tiny(); fit(whole, Batches(data, **VIEWS), folder=tmp_path/'whole', **RECIPE)
+    for at in (2, 3, 6, 7, 11):
+        broken = Broken(data, **VIEWS); broken.at, broken.how = at, signal.SIGTERM
+        with pytest.raises(SystemExit): fit(Tiny(), broken, folder=tmp_path/'cut', **RECIPE)
+    last = Tiny(); fit(last, Batches(data, **VIEWS), folder=tmp_path/'cut', **RECIPE)
+    assert equal(whole, last)
+
+
+def test_loader_processes_change_nothing(data, tmp_path):
+    a, b = Tiny(), Tiny()
+    fit(a, Batches(data, **VIEWS), folder=tmp_path/'a', **RECIPE)
+    fit(b, Batches(data, **VIEWS), folder=tmp_path/'b', **RECIPE, n_workers=2)
+    assert equal(a, b)
+
+
+def test_another_recipe_starts_anew_and_keeps_the_old_checkpoint(data, tmp_path):
+    fit(Tiny(), Batches(data, **VIEWS), folder=tmp_path/'a', **RECIPE)
+    b, c = Tiny(), Tiny()
+    fit(b, Batches(data, **VIEWS), folder=tmp_path/'a', **{**RECIPE, 'lr': .01})
+    fit(c, Batches(data, **VIEWS), folder=tmp_path/'c', **{**RECIPE, 'lr': .01})
+    assert equal(b, c) and (tmp_path/'a'/'checkpoint.previous.pt').exists()
+    (tmp_path/'a'/'checkpoint.pt').write_bytes(b'torn')
+    with pytest.raises(ValueError, match='checkpoint.pt: not a readable checkpoint'): fit(Tiny(), Batches(data, **VIEWS), folder=tmp_path/'a', **RECIPE)
+
+
+class Sick(Tiny):
+    "Turns bad in iteration `at`: its loss, or only its gradient."
+    at, calls, how = 6, 0, 'loss'
+    def forward(self, images, targets):
+        losses = super().forward(images, targets)
+        if self.calls == self.at: losses['loss_count'] = losses['loss_count'] * float('nan') if self.how == 'loss' else losses['loss_count'] + (self.cls_score.bias - self.cls_score.bias.detach()).sum().clamp(min=0).sqrt()
+        self.calls += 1
+        return losses
+
+@pytest.mark.parametrize('how,names', [('loss', 'loss_count is nan at iteration 6'), ('gradient', 'the gradient is (nan|inf) at iteration 6')])
+def test_what_is_not_finite_stops_with_the_last_good_checkpoint(data, tmp_path, how, names):
+    sick = Sick(); sick.how = how
+    with pytest.raises(FloatingPointError, match=names): fit(sick, Batches(data, **VIEWS), folder=tmp_path, **RECIPE)
+    kept = torch.load(tmp_path/'checkpoint.pt', weights_only=True)
+    assert kept['next'] == 4 and all(v.isfinite().all() for v in kept['model'].values())
+    with pytest.raises(FloatingPointError, match='no checkpoint yet'):
+        sick = Sick(); sick.at = 1; fit(sick, Batches(data, **VIEWS), folder=tmp_path/'b', **RECIPE)
+
+
+def test_clip_rules_are_their_formulas():
+    torch.manual_seed(0)
+    for rule in ('parameter', 'global', None):
+        ps = [nn.Parameter(torch.randn(s)) for s in ((3, 4), (7,), (1,), (2, 2, 2))] + [nn.Parameter(torch.zeros(3))]
+        for p, scale in zip(ps, (10., .01, 1., 3.)): p.grad = scale * torch.randn_like(p)
+        ps[3].grad.zero_()
+        given = [p.grad.clone() for p in ps[:4]]
+        total = math.sqrt(sum(float((g**2).sum()) for g in given))
+        assert abs(float(clip_gradients(ps, clip=rule, clip_value=.5)) - total) < 1e-4
+        for p, g in zip(ps, given):
+            norm = {'parameter': float(g.norm()), 'global': total, None: 0}[rule]
+            assert torch.allclose(p.grad, g * min(1, .5 / (norm + 1e-6)), atol=1e-6)
+        assert ps[4].grad is None
+    with pytest.raises(ValueError, match="'sum'"): clip_gradients(ps, clip='sum', clip_value=1.)
+
+
+def run_pair(folder, dataset, views, recipe): # for other processes: it must be importable
+    return fit(Tiny('gn', chance=False), Batches(dataset, **views), folder=folder, **recipe)
+
+def test_two_processes_and_two_parts_give_the_losses_of_one(data, tmp_path):
+    recipe = {**RECIPE, 'log_every': 1, 'n_iters': 6}
+    one = run_pair(tmp_path/'one', data, VIEWS, recipe)
+    two = launch(functools.partial(run_pair, tmp_path/'two', data, VIEWS, recipe), 2)
+    parts = run_pair(tmp_path/'parts', data, VIEWS, {**recipe, 'accumulate': 2})
+    for other in (two, parts):
+        assert len(other) == len(one) == 6
+        for a, b in zip(one, other):
+            assert a.keys() == b.keys() and all(abs(a[k] - b[k]) < 1e-5 for k in a), (a, b)
+    w = [torch.load(tmp_path/d/'checkpoint.pt', weights_only=True)['model'] for d in ('one', 'two')]
+    assert all(torch.allclose(w[0][k], w[1][k], atol=1e-5) for k in w[0])
+
+
+def test_a_fault_in_one_process_ends_all(data, tmp_path):
+    with pytest.raises(Exception, match='does not divide'): launch(functools.partial(run_pair, tmp_path, data, {**VIEWS, 'batch_size': 3}, RECIPE), 2)
+    with pytest.raises(ValueError, match='n_procs'): launch(lambda: None, 0)
+
+
+def test_slices_of_a_batch_are_the_batch(data):
+    for paste in ('none', 'plain', 'semantic'):
+        b = Batches(data, **{**VIEWS, 'paste': paste})
+        for i in (0, 5, 40):
+            whole, halves = b[i], [Batches(data, **{**VIEWS, 'paste': paste}).part(i, r, 2) for r in range(2)]
+            images, targets = halves[0][0] + halves[1][0], halves[0][1] + halves[1][1]
+            assert all(torch.equal(x, y) for x, y in zip(whole[0], images))
+            assert all(torch.equal(x[k], y[k]) for x, y in zip(whole[1], targets) for k in x)
+
+
+def test_every_epoch_shows_every_picture_once():
+    rng = np.random.default_rng(0)
+    for n, B in ((20, 4), (21, 4), (3, 8), (8, 8), (1, 2)):
+        sizes = [(10, 20) if rng.random() < .6 else (20, 10) for _ in range(n)]
+        for epoch in range(3):
+            batches = epoch_batches(sizes, batch_size=B, seed=1, epoch=epoch)
+            assert len(batches) == max(n // B, 1) and all(len(b) == B for b in batches)
+            if n >= B:
+                flat = sum(batches, [])
+                assert len(set(flat)) == len(flat)
+                mixed = sum(len({sizes[i] for i in b}) > 1 for b in batches)
+                assert mixed <= 1
+    seen = {i for e in range(8) for b in epoch_batches([(1, 1)] * 11, batch_size=4, seed=0, epoch=e) for i in b}
+    assert seen == set(range(11))                       # the remainder differs from epoch to epoch
+
+
+def test_semantic_partners_share_a_category(data):
+    b, plain = Batches(data, **{**VIEWS, 'paste': 'semantic', 'paste_rate': 1.}), Batches(data, **{**VIEWS, 'paste': 'none'})
+    more = 0
+    for i in range(12):
+        for t, u in zip(b[i][1], plain[i][1]):
+            new = t['labels'][len(u['labels']):].tolist()
+            assert len(new) <= 1 and set(new) <= set(u['labels'].tolist())
+            more += len(new)
+    assert more > 10
+
+
+def test_targets_are_the_files(data):
+    for i in range(len(data)):
+        image, t = data[i]
+        assert image.dtype == torch.uint8 and image.shape[1:] == t['sem'].shape == t['masks'].shape[1:]
+        assert all(np.array_equal(m, decode_rle(r)) for m, r in zip(t['masks'].numpy(), data.rles[i]))
+        assert t['labels'].max(initial=0) < 3 if isinstance(t['labels'], np.ndarray) else (t['labels'] < 3).all()
+        assert (t['sem'][t['masks'].any(0)] == 0).all()
+    assert data.category_ids == [2, 5, 9]
+
+
+def test_an_unreadable_picture_is_named_and_replaced(data, tmp_path):
+    (tmp_path/'4.png').write_bytes(b'no image')
+    fresh = PseudoLabels(tmp_path, dict(images=data.images, annotations=[], categories=[dict(id=1)]), tmp_path/'stuff')
+    names = [n for i in range(6) for n in Batches(fresh, **VIEWS)[i][2]]
+    assert names and all('4.png' in n for n in names)
+    for i in range(1, 12): (tmp_path/f'{i}.png').write_bytes(b'')
+    with pytest.raises(ValueError, match='no picture can be read'): Batches(fresh, **VIEWS)[0]
+
+
+def test_labels_of_another_size_are_refused(data, tmp_path):
+    write_png(tmp_path/'1.png', np.zeros((5, 5, 3), np.uint8))
+    with pytest.raises(ValueError, match='1.png is 5 x 5'): PseudoLabels(tmp_path, dict(images=data.images[:1], annotations=[], categories=[]), tmp_path/'stuff')[0]
+    with pytest.raises(ValueError, match='no picture'): PseudoLabels(tmp_path, dict(images=data.images, annotations=[], categories=[]), skip_empty=True)
+
+
+@pytest.mark.parametrize('bad,match', [(dict(paste='mixup'), 'mixup'), (dict(batch_size=0), 'at least 1')])
+def test_batches_refuse(data, bad, match):
+    with pytest.raises(ValueError, match=match): Batches(data, **{**VIEWS, **bad})
+
+@pytest.mark.parametrize('bad,match', [(dict(schedule='poly'), 'poly'), (dict(optimizer='lion'), 'lion'), (dict(amp='int8'), 'int8'), (dict(clip='value'), 'value'), (dict(accumulate=3), '3 processes times')])
+def test_fit_refuses(data, tmp_path, bad, match):
+    with pytest.raises(ValueError, match=match): fit(Tiny(), Batches(data, **VIEWS), folder=tmp_path, **{**RECIPE, **bad})
+
+
+def test_schedules_are_those_of_detectron2():
+    base = dict(n_iters=100, warmup=10, warmup_factor=.01, gamma=.1, steps=[50, 80], flat=.25)
+    for i in range(101):
+        warm = 1 if i >= 10 else .01 * (1 - i / 10) + i / 10
+        assert math.isclose(lr_factor(i, schedule='step', **base), warm * .1 ** ((i >= 50) + (i >= 80)))
+        assert math.isclose(lr_factor(i, schedule='constant', **base), warm)
+        wave = 1 if i <= 25 else .5 * (1 + math.cos(math.pi * (i - 25) / 75))
+        assert math.isclose(lr_factor(i, schedule='cosine', **base), warm * wave, abs_tol=1e-12)
+    assert lr_factor(0, **{**base, 'warmup': 0}, schedule='constant') == 1
+
+
+def test_every_parameter_is_in_one_group():
+    model = Tiny(); model.body[0].bias.requires_grad = False
+    groups = parameter_groups(model, weight_decay=.1, cls_lr_multiplier=4.)
+    ids = [id(p) for g in groups for p in g['params']]
+    assert sorted(ids) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    place = {id(p): (g['weight_decay'], g['multiplier']) for g in groups for p in g['params']}
+    assert place[id(model.body[1].weight)] == (0, 1) and place[id(model.cls_score.bias)] == (.1, 4) and place[id(model.body[0].weight)] == (.1, 1)
+
+
+def test_the_average_is_the_average(data, tmp_path):
+    seen = []
+    class Watched(Tiny):
+        def forward(self, images, targets): seen.append(self.body[0].weight.detach().clone()); return super().forward(images, targets)
+    model = Watched(); first = model.body[0].weight.detach().clone()
+    fit(model, Batches(data, **VIEWS), folder=tmp_path, **{**RECIPE, 'ema': .8})
+    fit(last := Tiny(), Batches(data, **VIEWS), folder=tmp_path/'raw', **RECIPE)
+    mean = first
+    for n, w in enumerate(seen[1:] + [last.body[0].weight.detach()], 1):
+        d = min(.8, (1 + n) / (10 + n)); mean = d * mean + (1 - d) * w
+    assert torch.allclose(mean, model.body[0].weight, atol=1e-6)
+
+
+def test_precise_bn_is_the_mean_over_batches():
+    torch.manual_seed(0)
+    bn, xs = nn.Sequential(nn.BatchNorm2d(3)), torch.randn(5, 4, 3, 6, 6) * 3 + 1
+    feed = iter(xs)
+    precise_bn(bn, lambda: bn(next(feed)), 5)
+    assert torch.allclose(bn[0].running_mean, xs.mean((1, 3, 4)).mean(0), atol=1e-5)
+    assert torch.allclose(bn[0].running_var, xs.transpose(1, 2).flatten(2).var(2).mean(0), atol=1e-4) and bn[0].momentum == .1
+    bn.eval(); before = bn[0].running_mean.clone()
+    precise_bn(bn, lambda: bn(xs[0] + 9), 1)
+    assert torch.equal(bn[0].running_mean, before)      # a frozen layer stays frozen
+
+
+def test_initial_weights_that_do_not_fit_start_anew(tmp_path):
+    model = Tiny(); save_model(model, dict(depth=18), tmp_path)
+    other = Tiny(); other.cls_score = nn.Conv2d(8, 9, 1)
+    nn.init.zeros_(other.body[0].weight)
+    assert load_initial(other, tmp_path/'model.safetensors', without=('unused',)) == ['cls_score.bias', 'cls_score.weight', 'unused.bias', 'unused.weight']
+    assert torch.equal(other.body[0].weight, model.body[0].weight)
+    (tmp_path/'cut.safetensors').write_bytes((tmp_path/'model.safetensors').read_bytes()[:100])
+    with pytest.raises(ValueError, match='cut.safetensors: not readable'): load_initial(other, tmp_path/'cut.safetensors')
+    with pytest.raises(ValueError, match='absent.safetensors'): load_initial(other, tmp_path/'absent.safetensors')
+
+
+def test_self_training_labels_by_hand():
+    rng = np.random.default_rng(0)
+    def note(i, score): 
+        m = np.zeros((12, 12), bool); y, x = rng.integers(0, 8, 2); m[y:y + 5, x:x + 5] = True
+        return dict(image_id=i, category_id=1, segmentation=encode_rle(m), score=score)
+    images = [dict(id=i, file_name=f'{i}.png', width=12, height=12) for i in range(1, 30)]
+    old = instances_json(images, [note(i, 1.) for i in range(1, 30) for _ in range(rng.integers(0, 3))], [dict(id=1, name='fg')])
+    new = [note(i, float(rng.random())) for i in range(1, 35) for _ in range(rng.integers(0, 3))]
+    got = self_training_labels(old, new, min_score=.7)
+    want = []
+    for i in range(1, 30):
+        sure = [d for d in new if d['image_id'] == i and d['score'] >= .7]
+        want += sure
+        for a in (a for a in old['annotations'] if a['image_id'] == i):
+            A = decode_rle(a['segmentation'])
+            ious = [(A & decode_rle(d['segmentation'])).sum() / (A | decode_rle(d['segmentation'])).sum() for d in sure]
+            if not ious or max(ious) < .5: want.append(a)
+    key = lambda a: (a['image_id'], a['segmentation']['counts'], a['score'])
+    assert [key(a) for a in got['annotations']] == [key(a) for a in want]
+    assert 0 < sum(a['score'] < 1 for a in want) < len(want) < len(old['annotations']) + len(new)
+    assert [a['id'] for a in got['annotations']] == list(range(1, len(want) + 1)) and got['images'] == images
+
+
+class Finder(nn.Module):
+    "Three detections a picture, of scores .2, .9, .6; the second has an empty mask."
+    def __init__(self): super().__init__(); self.w = nn.Parameter(torch.zeros(1))
+    def forward(self, images):
+        masks = [torch.zeros(3, *im.shape[1:], dtype=torch.bool) for im in images]
+        for m in masks: m[0, :2], m[2, :, :3] = True, True
+        return [dict(boxes=torch.zeros(3, 4), scores=torch.tensor([.2, .9, .6]), labels=torch.tensor([0, 1, 2]), masks=m) for m in masks]
+
+def test_detections_become_annotations_and_resume(data, tmp_path):
+    images = [dict(id=im['id'], file_name=im['file_name']) for im in data.images] + [dict(id=99, file_name='absent.png')]
+    options = dict(n_max=5, batch_size=4, folder=tmp_path/'shards', category_ids=[2, 5, 9])
+    sized, notes, skipped = detect(Finder(), tmp_path, images, min_score=.5, **options)
+    assert [im['id'] for im in sized] == list(range(1, 12)) and [s['file_name'] for s in skipped] == ['absent.png']
+    assert len(notes) == 11 and all(a['category_id'] == 9 and a['score'] == .6 for a in notes)
+    assert (sized[2]['width'], sized[2]['height']) == (20, 28)
+    assert decode_rle(notes[0]['segmentation']).sum() == 20 * 3
+    assert len(detect(Finder(), tmp_path, images, min_score=.1, **options)[1]) == 22
+    assert len(detect(Finder(), tmp_path, images, min_score=.1, **{**options, 'n_max': 1})[1]) == 0   # the best one is empty
+    again = detect(Finder(), tmp_path/'elsewhere', images, min_score=.5, **options)                   # all from shard files
+    assert again[1] == notes
