@@ -81,7 +81,7 @@ def grid(images:list,           # uint8 [H, W, 3], or [H, W] maps
         row, column = divmod(i, n_columns)
         top = row*(h + head + gap) + head
         axes = fig.add_axes((column*(w + gap)/width, 1 - (top + h)/height, w/width, h/height))
-        axes.imshow(im, interpolation='nearest' if scale >= 1 else 'antialiased')
+        axes.imshow(im, interpolation='antialiased')
         axes.axis('off')
         if titles: axes.set_title(titles[i], fontsize=8, pad=3)
     return fig
@@ -97,7 +97,7 @@ def png_bytes(fig:Figure,
         raw, out = io.BytesIO(), io.BytesIO()
         fig.savefig(raw, format='png', dpi=dpi, facecolor='white', metadata={'Software': None})
         picture = Image.open(raw).convert('RGB')
-        if len(picture.getcolors(1 << 24)) > 256: picture = picture.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+        if len(picture.getcolors(1 << 24)) > 256: picture = picture.quantize(palette=picture.quantize(256), dither=Image.Dither.FLOYDSTEINBERG)
         picture.save(out, 'PNG', optimize=True)
         if len(out.getvalue()) < limit or dpi < 20: return out.getvalue()
         dpi *= max(.5, .95*(limit/len(out.getvalue()))**.5)

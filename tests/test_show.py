@@ -1,0 +1,89 @@
+"Pictures: fixed colours, overlays against a loop over pixels, figures with the same small bytes."
+import hashlib
+import io
+import numpy as np
+import pytest
+from PIL import Image
+from matplotlib.figure import Figure
+from u2seg.show import PALETTE, grid, overlay, overlay_masks, png_bytes, save_figure
+
+
+@pytest.fixture
+def photo():
+    return np.random.default_rng(0).integers(0, 256, (9, 13, 3), dtype=np.uint8)
+
+
+def test_palette_is_fixed_and_distinct():
+    assert PALETTE.shape == (256, 3) and PALETTE.dtype == np.uint8 and not PALETTE[0].any()
+    assert len({tuple(c) for c in PALETTE.tolist()}) == 256
+    assert hashlib.sha256(PALETTE.tobytes()).hexdigest()[:16] == 'a203f7cda7d750bb'
+    for step in (1, 2, 3): assert np.abs(np.diff(PALETTE[1:].astype(int)[::step], axis=0)).sum(1).min() > 90
+
+
+@pytest.mark.parametrize('outline', [True, False])
+def test_overlay_against_a_loop(photo, outline):
+    ids = np.random.default_rng(1).integers(0, 4, (5, 7)).repeat(2, 0).repeat(2, 1)[:9, :13]*87       # 0, 87, 174, 261: past the palette
+    got = overlay(photo, ids, alpha=.4, outline=outline)
+    h, w = ids.shape
+    for y in range(h):
+        for x in range(w):
+            i, want = int(ids[y, x]), photo[y, x].astype(float)
+            if i: want = .6*want + .4*PALETTE[(i - 1) % 255 + 1]
+            edge = (y + 1 < h and ids[y + 1, x] != i) or (x + 1 < w and ids[y, x + 1] != i)
+            if outline and edge: want = .15*want + .85*255
+            assert np.abs(got[y, x] - want).max() <= .51, (y, x)
+
+
+def test_outline_grows_with_the_picture():
+    for side, width in ((64, 1), (960, 3)):
+        ids = np.ones((side, side), int); ids[:, side//2:] = 2
+        plain = np.zeros((side, side, 3), np.uint8)
+        line = (overlay(plain, ids) != overlay(plain, ids, outline=False)).any(-1)
+        assert line.sum(1).tolist() == [width]*side
+
+
+def test_void_and_no_masks_leave_the_photo(photo):
+    assert (overlay(photo, np.zeros((9, 13), int)) == photo).all()
+    assert (overlay_masks(photo, np.zeros((0, 9, 13), bool)) == photo).all()
+    assert (overlay_masks(photo, np.zeros((2, 9, 13), bool)) == photo).all()
+
+
+def test_small_masks_stay_visible(photo):
+    small, large = np.zeros((2, 9, 13), bool)
+    small[4, 6] = True; large[2:8, 3:11] = True
+    for order in ([small, large], [large, small]):
+        got = overlay_masks(photo, np.stack(order), alpha=1.)
+        i = 1 if order[0] is small else 2
+        assert np.abs(got[4, 6].astype(int) - (.15*PALETTE[i] + .85*255)).max() <= 1     # one pixel is all outline
+    assert (overlay_masks(photo, small[None], alpha=.5)[0, 0] == photo[0, 0]).all()
+
+
+def test_wrong_arguments_are_named(photo):
+    with pytest.raises(ValueError, match=r'\[4, 4, 3\].*\[9, 13, 3\]'): overlay(photo, np.zeros((4, 4), int))
+    with pytest.raises(ValueError, match='float64'): overlay(photo/255, np.zeros((9, 13), int))
+    with pytest.raises(ValueError, match='at least one'): grid([], n_columns=2)
+    with pytest.raises(ValueError, match='1 strings, got 2'): grid([photo], n_columns=2, titles=['a', 'b'])
+
+
+def test_figures_have_the_same_small_bytes(tmp_path):
+    photos = list(np.random.default_rng(0).integers(0, 256, (12, 128, 128, 3), dtype=np.uint8))        # noise: the worst case
+    for name in ('a.png', 'b.png'): save_figure(grid(photos, n_columns=4, titles=['x']*12), tmp_path/name)
+    data = (tmp_path/'a.png').read_bytes()
+    assert data == (tmp_path/'b.png').read_bytes() and len(data) < 150_000
+    shown = Image.open(io.BytesIO(data))
+    assert not shown.text and shown.mode == 'P' and b'tIME' not in data
+
+
+def test_grid_places_pictures():
+    red, map_ = np.zeros((20, 30, 3), np.uint8) + np.uint8([255, 0, 0]), np.eye(20)
+    got = np.asarray(Image.open(io.BytesIO(png_bytes(grid([red, map_, red], n_columns=2, scale=2)))).convert('RGB'))
+    assert got.shape == (84, 124, 3)
+    assert (got[5:35, 5:55] == [255, 0, 0]).all() and (got[50:80, 5:55] == [255, 0, 0]).all()
+    assert (got[50:80, 70:] == 255).all()                                                              # the empty place is white
+
+
+def test_save_figure_takes_any_figure(tmp_path):
+    fig = Figure(figsize=(3, 2), dpi=100)
+    fig.add_subplot().plot([0, 1], [1, 0])
+    save_figure(fig, tmp_path/'deep'/'line.png')
+    assert Image.open(tmp_path/'deep'/'line.png').size == (300, 200)
