@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from .images import encode_rle, mask_to_box, read_ids, read_json
+from .images import encode_rle, mask_to_box, read_json
+from .png import count_pairs, read_map, read_runs
 
 # %% ../nbs/71_metrics.ipynb #pair_counts
 def pair_counts(truth:np.ndarray, # int [H, W] segment ids
@@ -41,9 +42,9 @@ def _segments(annotation, ids, categories, what):
         if absent: raise ValueError(f'{image}: segment {min(absent)} is in the JSON, not in the PNG')
     return classes
 
-def _pq_image(truth, pred, truth_map, pred_map, categories):
+def _pq_image(truth, pred, pairs, categories):
     "Matched pairs [(class, IoU)], classes of false positives, classes of false negatives of one image."
-    g, p, n = (x.tolist() for x in pair_counts(truth_map, pred_map))
+    g, p, n = (x.tolist() for x in pairs)
     both, g_area, p_area = dict(zip(zip(g, p), n)), {}, {}
     for (i, j), k in both.items(): g_area[i] = g_area.get(i, 0) + k; p_area[j] = p_area.get(j, 0) + k
     g_class, p_class = _segments(truth, g_area, categories, 'ground truth'), _segments(pred, p_area, categories, 'prediction')
@@ -61,7 +62,14 @@ def _pq_image(truth, pred, truth_map, pred_map, categories):
 # %% ../nbs/71_metrics.ipynb #panoptic_quality
 def _load(x): return read_json(x) if isinstance(x, (str, Path)) else x
 
-def _map(folder, name): return folder[name] if isinstance(folder, dict) else read_ids(Path(folder)/name)
+def _map(folder, name): return folder[name] if isinstance(folder, dict) else read_map(Path(folder)/name)
+
+def _pairs(gt_dir, gt_name, pred_dir, pred_name):
+    "Pairs of ids and their pixels: from runs where both maps are files that give them."
+    folders = not isinstance(gt_dir, dict) and not isinstance(pred_dir, dict)
+    a = read_runs(Path(gt_dir)/gt_name) if folders else None
+    b = read_runs(Path(pred_dir)/pred_name) if a is not None else None
+    return count_pairs(a, b) if b is not None else pair_counts(_map(gt_dir, gt_name), _map(pred_dir, pred_name))
 
 def _average(per_class, ids):
     seen = [per_class[c] for c in ids if per_class[c]['tp'] + per_class[c]['fp'] + per_class[c]['fn']]
@@ -79,7 +87,7 @@ def panoptic_quality(gt_json:str|Path|dict,  # COCO panoptic ground truth
         if a['image_id'] not in found: raise ValueError(f"no prediction for image {a['image_id']}")
     def one(a):
         b = found[a['image_id']]
-        return _pq_image(a, b, _map(gt_dir, a['file_name']), _map(pred_dir, b['file_name']), categories)
+        return _pq_image(a, b, _pairs(gt_dir, a['file_name'], pred_dir, b['file_name']), categories)
     per_class = {c: dict(iou=0., tp=0, fp=0, fn=0) for c in categories}
     with ThreadPoolExecutor(n_workers) as pool:
         for matches, extra, missed in (pool.map if n_workers > 1 else map)(one, gt['annotations']):
