@@ -80,6 +80,10 @@ def test_grid_places_pictures():
     assert got.shape == (84, 124, 3)
     assert (got[5:35, 5:55] == [255, 0, 0]).all() and (got[50:80, 5:55] == [255, 0, 0]).all()
     assert (got[50:80, 70:] == 255).all()                                                              # the empty place is white
+    titled = np.asarray(Image.open(io.BytesIO(png_bytes(grid([red, red], n_columns=1, titles=['above', 'below'], scale=2)))).convert('RGB'))
+    assert titled.shape == (2*(40 + 18) + 4, 60, 3)
+    for top in (18, 18 + 40 + 4 + 18):
+        assert (titled[top + 2:top + 38, 2:58] == [255, 0, 0]).all() and (titled[top - 14:top - 4].min() < 128)
 
 
 def test_save_figure_takes_any_figure(tmp_path):

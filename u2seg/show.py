@@ -95,7 +95,7 @@ def png_bytes(fig:Figure,
     dpi = fig.dpi
     while True:
         raw, out = io.BytesIO(), io.BytesIO()
-        fig.savefig(raw, format='png', dpi=dpi, facecolor='white', metadata={'Software': None})
+        fig.savefig(raw, format='png', dpi=dpi, facecolor='white')
         picture = Image.open(raw).convert('RGB')
         if len(picture.getcolors(1 << 24)) > 256: picture = picture.quantize(palette=picture.quantize(256), dither=Image.Dither.FLOYDSTEINBERG)
         picture.save(out, 'PNG', optimize=True)
