@@ -209,7 +209,7 @@ def read_runs(path:str|Path)->tuple[np.ndarray, np.ndarray, np.ndarray, int]|Non
     except OSError: return None
     if found is None or found[0] * found[1] < SMALL: return None
     H, W, packed = found
-    room, runs = H * W // 2, H * W // 4
+    room, runs = H * W, H * W // 4
     place, value = np.empty(room, np.int32), np.empty(room, np.uint8)
     m = _inflate(np.frombuffer(packed + bytes(3), np.uint8), H * (1 + 3 * W), place, value)
     start, ids, row = np.empty(runs, np.int32), np.empty(runs, np.int32), np.empty(H + 1, np.int32)
