@@ -64,6 +64,12 @@ def _measure(canvas, semantic, n):
             box[o, 2] = max(box[o, 2], x - 1); box[o, 3] = y
     return owner, area, box, total
 
+@njit(cache=True, nogil=True)
+def _renumber(owner, table):
+    "Replace each owner by its id, in place."
+    flat = owner.ravel()
+    for i in range(len(flat)): flat[i] = table[flat[i]]
+
 # %% ../nbs/60_panoptic.ipynb #as_code
 def _as_code(instance:dict, size:tuple[int, int])->bytes:
     "The compressed run-length code of an instance; `ValueError` if it has none or is of another size."
@@ -98,7 +104,8 @@ def merge(instances:list[dict],      # {category_id: 1 ... n_clusters, segmentat
     category = [a['category_id'] for a in instances] + [n_clusters + 1 + s for s in range(256)]
     ids = (np.cumsum(keep) * keep).astype(np.int32)                              # owner -> id, 0 where dropped
     info = [dict(id=int(ids[o]), category_id=int(category[o]), iscrowd=0, area=int(area[o]), bbox=_xywh(box[o])) for o in np.flatnonzero(keep)]
-    return ids[owner], info
+    _renumber(owner, ids)
+    return owner, info
 
 # %% ../nbs/60_panoptic.ipynb #paint
 def _paint(instances:list[dict], size:tuple[int, int])->tuple[list[dict], np.ndarray]: # in painting order; canvas [H * W], columns first, 0 = none, i + 1 = the i-th on top
