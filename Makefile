@@ -1,13 +1,14 @@
 # make repro   install, fetch the embedded data, run the pipeline, print the results
 # make test    install, check and test everything, the whole pipeline in small included
 # make lab     JupyterLab on the notebooks
+# make docs    the notebooks as a book, under _docs/site
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: repro test nightly lab publish docs clean
+.PHONY: repro test lab docs publish
 repro: $(VENV)/installed
 	dvc pull -q data.dvc pretrain
 	u2seg check
@@ -20,6 +21,12 @@ test: $(VENV)/installed
 
 lab: $(VENV)/installed
 	jupyter lab --notebook-dir=nbs
+
+docs: $(VENV)/installed
+	pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	python -W ignore -c "from u2seg.site import prepare; prepare('.', '_docs')"
+	NO_MKDOCS_2_WARNING=1 mkdocs build -q -f _docs/mkdocs.yml
+	@echo "open _docs/site/index.html"
 
 # after a good run: copy the stages' outputs into nbs/, so that the notebooks read as the paper
 publish: $(VENV)/installed
