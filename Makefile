@@ -17,7 +17,8 @@ repro: $(VENV)/installed
 
 test: $(VENV)/installed
 	dvc pull -q data.dvc pretrain
-	python -m pytest -q tests
+	nbdev_test --n_workers 2
+	python -m pytest -q -n 2 --dist loadfile --durations 10 tests
 
 lab: $(VENV)/installed
 	jupyter lab --notebook-dir=nbs

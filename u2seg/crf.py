@@ -42,82 +42,98 @@ def _radix(H, W, sxy, srgb):
     if math.prod(span)*6 >= 2**62: raise ValueError(f'a picture of {H} x {W} is too large for bilateral_sxy={sxy:g} and bilateral_srgb={srgb:g}; resize it or raise them')
     return np.array([0] + [6*math.prod(span[:j]) for j in range(5)], np.int64)
 
+# %% ../nbs/21_crf.ipynb #elevate
+@_compile
+def _elevate(pixels, y, scale, e, r, rank):
+    "For a row uint8 [W, 3] at height `y`: the place in the simplex e float32 [6, W], the coordinates r int32 [6, W] of corner 0 in units of 6, and the rank of e."
+    W, sixth = len(pixels), np.float32(1/6)
+    above, total = np.zeros(W, np.float32), np.zeros(W, np.int32)
+    for j in range(5, -1, -1):                                    # onto the plane x0 + ... + x5 = 0
+        ej, rj = e[j], r[j]
+        for x in range(W):
+            f = np.float32(0)
+            if j > 2: f = scale[j - 1]*pixels[x, j - 3]
+            elif j > 0: f = scale[j - 1]*(x if j == 1 else y)
+            v = (above[x] - j*f)*sixth
+            above[x] += f
+            near = math.floor(v + np.float32(.5))                 # the nearest multiple of 6
+            ej[x], rj[x] = v - near, near
+            total[x] += rj[x]
+    rank[:] = total
+    for j in range(6):
+        for k in range(j + 1, 6):
+            for x in range(W):
+                less = np.int32(e[j, x] < e[k, x])
+                rank[j, x] += less
+                rank[k, x] += 1 - less
+    for j in range(6):                                            # back onto the plane: move the `total` worst roundings
+        for x in range(W):
+            wrap = np.int32(rank[j, x] < 0) - np.int32(rank[j, x] > 5)
+            e[j, x] -= wrap
+            r[j, x] += wrap
+            rank[j, x] += 6*wrap
+
 # %% ../nbs/21_crf.ipynb #simplices
 @_compile
 def _simplices(image, scale, radix):
     "Key int64 [N, 6] and barycentric weight float32 [N, 6] of the corners around each pixel of uint8 [H, W, 3]."
     H, W = image.shape[:2]
     key, weight = np.empty((H*W, 6), np.int64), np.empty((H*W, 6), np.float32)
-    f, e, r = np.empty(5, np.float32), np.empty(6, np.float32), np.empty(6, np.float32)
-    rank, bary = np.empty(6, np.int64), np.empty(7, np.float32)
-    for i in range(H*W):
-        f[0], f[1] = scale[0]*(i % W), scale[1]*(i//W)
-        for j in range(3): f[2 + j] = scale[2 + j]*image[i//W, i % W, j]
-        above = np.float32(0)                                     # elevate to the plane x0 + ... + x5 = 0
-        for j in range(5, 0, -1):
-            e[j] = above - j*f[j - 1]
-            above += f[j - 1]
-        e[0] = above
-        total = 0                                                 # nearest multiples of 6, in units of 6
-        for j in range(6):
-            r[j] = math.floor(e[j]/np.float32(6) + np.float32(.5))
-            e[j] = e[j]/np.float32(6) - r[j]
-            total += int(r[j])
-        for j in range(6): rank[j] = total
-        for j in range(6):
-            for k in range(j + 1, 6):
-                if e[j] < e[k]: rank[j] += 1
-                else: rank[k] += 1
-        for j in range(7): bary[j] = 0
-        first = 0
-        for j in range(6):
-            if rank[j] < 0: rank[j] += 6; r[j] += 1; e[j] -= 1    # back onto the plane
-            elif rank[j] > 5: rank[j] -= 6; r[j] -= 1; e[j] += 1
-            bary[5 - rank[j]] += e[j]
-            bary[6 - rank[j]] -= e[j]
-            first += int(r[j])*radix[j]
-            if rank[j]: key[i, 6 - rank[j]] = 1 - radix[j]        # from corner 5 - rank to the next one
-        key[i, 0] = first
-        bary[0] += 1 + bary[6]
-        for k in range(1, 6): key[i, k] += key[i, k - 1]
-        for k in range(6): weight[i, k] = bary[k]
+    e, r, rank = np.empty((6, W), np.float32), np.empty((6, W), np.int32), np.empty((6, W), np.int32)
+    for y in range(H):
+        _elevate(image[y], y, scale, e, r, rank)
+        for x in range(W):
+            to_key, w, first = key[y*W + x], weight[y*W + x], 0
+            for j in range(6):
+                w[np.uint32(5 - rank[j, x])] = e[j, x]
+                to_key[np.uint32(5 - rank[j, x])] = radix[j]
+                first += r[j, x]*radix[j]
+            largest = w[5]
+            for k in range(5, 0, -1): w[k] -= w[k - 1]
+            w[0] += 1 - largest
+            for k in range(6): first, to_key[k] = first + 1 - to_key[k], first  # on to the next corner
+
     return key, weight
 
 # %% ../nbs/21_crf.ipynb #number
 @_compile
-def _slot(table, key):
-    "Where `key` is, or belongs, in a table int64 [2**p, 2] of (key, number); number -1 is free."
+def _slot(table, points, key):
+    "Where in the hash table int32 [2**p] of numbers of `points` the one of `key` stands, or may be put (-1)."
     mask = np.uint64(len(table) - 1)
     h = (np.uint64(key)*np.uint64(0x9E3779B97F4A7C15) >> np.uint64(32)) & mask
-    while table[h, 1] >= 0 and table[h, 0] != key: h = (h + np.uint64(1)) & mask
+    while table[h] >= 0 and points[np.uint32(table[h])] != key: h = (h + np.uint64(1)) & mask
     return h
 
 @_compile
-def _number(key, W, radix):
-    "Numbers int32 [N, 6] of the corners in order of appearance, and each point's neighbours up and down int32 [6, M]."
-    table, m = np.full((1 << 14, 2), -1, np.int64), 0
+def _number(key, W):
+    "Numbers int32 [N, 6] of the corners in order of appearance; the points' keys int64 [M]; the hash table."
+    table, points, m = np.full(1 << 16, -1, np.int32), np.empty(1 << 15, np.int64), 0
     index = np.empty(key.shape, np.int32)
     for i in range(len(key)):
-        if 3*m > len(table):
-            old, table = table, np.full((4*len(table), 2), -1, np.int64)
-            for s in range(len(old)):
-                if old[s, 1] >= 0: table[_slot(table, old[s, 0])] = old[s]
+        if m + 6 > len(points):                                   # half full: double
+            points, table = np.concatenate((points, points)), np.full(2*len(table), -1, np.int32)
+            for p in range(m): table[_slot(table, points, points[p])] = p
         for k in range(6):
             if i >= 1 and key[i - 1, k] == key[i, k]: index[i, k] = index[i - 1, k]      # most often the left pixel's
             elif i >= W and key[i - W, k] == key[i, k]: index[i, k] = index[i - W, k]    # or the one's above
             else:
-                s = _slot(table, key[i, k])
-                if table[s, 1] < 0: table[s, 0], table[s, 1] = key[i, k], m; m += 1
-                index[i, k] = table[s, 1]
+                s = _slot(table, points, key[i, k])
+                if table[s] < 0: table[s], points[m] = m, key[i, k]; m += 1
+                index[i, k] = table[s]
+    return index, points[:m], table
+
+# %% ../nbs/21_crf.ipynb #neighbours
+@_compile
+def _neighbours(points, table, radix):
+    "Each point's neighbours up and down in the six directions, int32 [6, M]."
+    m, around = len(points), radix.sum() - 5
     up, down = np.full((6, m), m, np.int32), np.full((6, m), m, np.int32)
-    for s in range(len(table)):
-        i = table[s, 1]
-        if i < 0: continue
-        step = np.int64(1) if table[s, 0] % 6 < 5 else radix.sum() - 5
+    for i in range(m):
+        base = points[i] + 1 if points[i] % 6 < 5 else points[i] + around
         for j in range(6):
-            to = table[_slot(table, table[s, 0] + step - radix[j]), 1]
+            to = table[_slot(table, points, base - radix[j])]
             if to >= 0: up[j, i] = to; down[j, to] = i
-    return index, up, down
+    return up, down
 
 # %% ../nbs/21_crf.ipynb #filter
 @_compile
@@ -141,17 +157,22 @@ def _gaussian(x, taps, out):
     "Correlate float32 [H, W] with the symmetric `taps` [r+1] along both axes; outside is zero."
     H, W = x.shape
     r = len(taps) - 1
-    row = np.zeros(W + 2*r, np.float32)
+    padded = np.zeros(W + 2*r, np.float32)
     for y in range(H):
-        for i in range(W): row[r + i] = taps[0]*x[y, i]
+        row, to = padded[r:r + W], out[y]
+        row[:] = taps[0]*x[y]
         for t in range(1, r + 1):
-            if y >= t:
-                for i in range(W): row[r + i] += taps[t]*x[y - t, i]
-            if y + t < H:
-                for i in range(W): row[r + i] += taps[t]*x[y + t, i]
-        for i in range(W): out[y, i] = taps[0]*row[r + i]
+            tap = taps[t]
+            if y >= t and y + t < H:
+                a, b = x[y - t], x[y + t]
+                for i in range(W): row[i] += tap*(a[i] + b[i])
+            elif y >= t or y + t < H:
+                a = x[y - t] if y >= t else x[y + t]
+                for i in range(W): row[i] += tap*a[i]
+        to[:] = taps[0]*row
         for t in range(1, r + 1):
-            for i in range(W): out[y, i] += taps[t]*(row[r + i - t] + row[r + i + t])
+            tap, a, b = taps[t], padded[r - t:r - t + W], padded[r + t:r + t + W]
+            for i in range(W): to[i] += tap*(a[i] + b[i])
 
 # %% ../nbs/21_crf.ipynb #lattice
 def lattice(image:Tensor,        # uint8 [H, W, 3]
@@ -164,8 +185,8 @@ def lattice(image:Tensor,        # uint8 [H, W, 3]
     radix, scale = _radix(H, W, sxy, srgb), (_SCALE/[sxy, sxy, srgb, srgb, srgb]).astype(np.float32)
     if not compiled: return _torch_lattice(image, torch.from_numpy(scale).to(image.device), torch.from_numpy(radix).to(image.device))
     key, weight = _simplices(np.ascontiguousarray(image.numpy()), scale, radix)
-    index, up, down = _number(key, W, radix)
-    return Lattice(*map(torch.from_numpy, (index, weight, up, down)))
+    index, points, table = _number(key, W)
+    return Lattice(*map(torch.from_numpy, (index, weight, *_neighbours(points, table, radix))))
 
 # %% ../nbs/21_crf.ipynb #torch_lattice
 def _torch_simplices(image, scale, radix):

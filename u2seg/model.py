@@ -14,12 +14,14 @@ import itertools, math, numbers, pickle
 from functools import lru_cache
 from pathlib import Path
 
+import numba
 import numpy as np
 import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import yaml
+from numba import njit, prange
 from torch import Tensor, nn
 from torchvision.ops import nms, batched_nms, roi_align
 from torchvision.ops.misc import FrozenBatchNorm2d
@@ -324,12 +326,92 @@ def grouped_nms(boxes:Tensor, scores:Tensor, group:Tensor, iou:float)->Tensor: #
     keep = torch.cat(keep) if keep else group.new_zeros(0)
     return keep[scores[keep].argsort(descending=True, stable=True)]
 
-# %% ../nbs/30_model.ipynb #pool
+# %% ../nbs/30_model.ipynb #region_levels
 def region_levels(boxes:Tensor, levels:list[int], *, canonical_size:int, canonical_level:int)->Tensor: # int64 [r], index into levels
     "Large regions are read from coarse levels (FPN, eq. 1)."
     level = torch.floor(canonical_level + torch.log2(box_area(boxes).sqrt() / canonical_size + 1e-8))
     return level.clamp(levels[0], levels[-1]).long() - levels[0]
 
+# %% ../nbs/30_model.ipynb #taps
+@njit(cache=True)
+def _taps(low, high, bins, size, ratio):
+    "For each of the bins of [low, high): which cells of an axis it averages, their weights, how many."
+    step = (high - low) / bins
+    n = ratio if ratio > 0 else int(np.ceil(step))
+    cell, weight, count = np.zeros((bins, 2 * n), np.int64), np.zeros((bins, 2 * n), np.float32), np.zeros(bins, np.int64)
+    for i in range(bins):
+        for k in range(n):
+            at = low + i * step + (k + .5) * step / n
+            if at < -1 or at > size: continue
+            at = min(max(at, 0.), size - 1.)
+            left = int(at)
+            for c, w in ((left, (left + 1 - at) / n), (min(left + 1, size - 1), (at - left) / n)):
+                m = count[i]
+                if m > 0 and cell[i, m - 1] == c: weight[i, m - 1] += w        # samples that share a cell
+                elif m > 1 and cell[i, m - 2] == c: weight[i, m - 2] += w
+                else: cell[i, m], weight[i, m], count[i] = c, w, m + 1
+    return cell, weight, count
+
+# %% ../nbs/30_model.ipynb #pool_kernels
+@njit(cache=True, parallel=True)
+def _pool(x, boxes, image, rows, ratio, out): # [b, h, w, c], [n, 4] in cells, [n], [n] -> out[rows] [size, size, c]
+    for r in prange(len(rows)):
+        f, o = x[image[r]], out[rows[r]]
+        y_cell, y_weight, y_count = _taps(boxes[r, 1], boxes[r, 3], o.shape[0], f.shape[0], ratio)
+        x_cell, x_weight, x_count = _taps(boxes[r, 0], boxes[r, 2], o.shape[1], f.shape[1], ratio)
+        for i in range(o.shape[0]):
+            for j in range(o.shape[1]):
+                to = o[i, j]
+                for a in range(y_count[i]):
+                    for b in range(x_count[j]):
+                        w, p = y_weight[i, a] * x_weight[j, b], f[y_cell[i, a], x_cell[j, b]]
+                        for c in range(len(to)): to[c] += w * p[c]
+
+@njit(cache=True, parallel=True)
+def _unpool(grad, boxes, image, rows, ratio, out, chunk): # the transpose of `_pool`: grad[rows] is added to out [b, h, w, c]
+    n_chunks = (out.shape[3] + chunk - 1) // chunk
+    for task in prange(out.shape[0] * n_chunks):                # a picture and a slice of the channels: no two write to one place
+        i_image, first = task // n_chunks, task % n_chunks * chunk
+        f = out[i_image, :, :, first:first + chunk]
+        for r in range(len(rows)):
+            if image[r] != i_image: continue
+            g = grad[rows[r], :, :, first:first + chunk]
+            y_cell, y_weight, y_count = _taps(boxes[r, 1], boxes[r, 3], g.shape[0], f.shape[0], ratio)
+            x_cell, x_weight, x_count = _taps(boxes[r, 0], boxes[r, 2], g.shape[1], f.shape[1], ratio)
+            for i in range(g.shape[0]):
+                for j in range(g.shape[1]):
+                    of = g[i, j]
+                    for a in range(y_count[i]):
+                        for b in range(x_count[j]):
+                            w, p = y_weight[i, a] * x_weight[j, b], f[y_cell[i, a], x_cell[j, b]]
+                            for c in range(len(of)): p[c] += w * of[c]
+
+# %% ../nbs/30_model.ipynb #RegionAlign
+class _RegionAlign(torch.autograd.Function):
+    "RoIAlign over all levels at once, on CPU: features [b, c, h, w] a level -> [r, c, size, size]."
+    @staticmethod
+    def forward(ctx, boxes, image, level, scales, size, ratio, *features):
+        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+        out = torch.zeros(len(boxes), size, size, features[0].shape[1])
+        ctx.parts, ctx.ratio, ctx.shapes = [], ratio, []
+        for l, (x, scale) in enumerate(zip(features, scales)):
+            rows = (level == l).nonzero()[:, 0]
+            ctx.parts.append(((boxes[rows].float() * scale - .5).numpy(), image[rows].numpy(), rows.numpy()))
+            x = x.detach().float().permute(0, 2, 3, 1).contiguous()
+            ctx.shapes.append(x.shape)
+            if len(rows): _pool(x.numpy(), *ctx.parts[-1], ratio, out.numpy())
+        return out.permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx, grad):
+        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+        grad, out = grad.float().permute(0, 2, 3, 1).contiguous(), []
+        for part, shape in zip(ctx.parts, ctx.shapes):
+            out.append(torch.zeros(shape))
+            if len(part[2]): _unpool(grad.numpy(), *part, ctx.ratio, out[-1].numpy(), 64)
+        return None, None, None, None, None, None, *(o.permute(0, 3, 1, 2) for o in out)
+
+# %% ../nbs/30_model.ipynb #Pooler
 class Pooler(nn.Module):
     "RoIAlign from the right level of the pyramid: regions [r, 4] of pictures `image` [r] -> [r, c, size, size]."
     def __init__(self, levels:list[int], *, size:int, sampling_ratio:int, canonical_size:int, canonical_level:int):
@@ -337,11 +419,12 @@ class Pooler(nn.Module):
         self.levels, self.size, self.ratio, self.canonical = levels, size, sampling_ratio, dict(canonical_size=canonical_size, canonical_level=canonical_level)
 
     def forward(self, features, boxes, image):
-        rois, level, pooled, order = torch.cat([image[:, None].to(boxes.dtype), boxes], 1), region_levels(boxes, self.levels, **self.canonical), [], []
-        for i, l in enumerate(self.levels):
-            index = (level == i).nonzero()[:, 0]
-            pooled.append(roi_align(features[i], rois[index].to(features[i].dtype), self.size, 1 / 2**l, self.ratio, aligned=True)); order.append(index)
-        return torch.cat(pooled)[torch.cat(order).argsort()]
+        level, scales = region_levels(boxes, self.levels, **self.canonical), [1 / 2**l for l in self.levels]
+        if not boxes.is_cuda: return _RegionAlign.apply(boxes, image, level, scales, self.size, self.ratio, *features[:len(scales)])
+        rois, out = torch.cat([image[:, None].to(boxes.dtype), boxes], 1), []
+        order = [(level == i).nonzero()[:, 0] for i in range(len(scales))]
+        for x, index, scale in zip(features, order, scales): out.append(roi_align(x, rois[index].to(x.dtype), self.size, scale, self.ratio, aligned=True))
+        return torch.cat(out)[torch.cat(order).argsort()]
 
 # %% ../nbs/30_model.ipynb #heads
 class _ScaleGradient(torch.autograd.Function):
@@ -581,7 +664,7 @@ class PanopticRCNN(nn.Module):
     def batch(self, images): # -> [b, 3, H, W], sides multiples of the coarsest trunk stride; sizes
         sizes, d = [tuple(x.shape[-2:]) for x in images], self.backbone.strides[-2]
         H, W = (-(-max(s[i] for s in sizes) // d) * d for i in (0, 1))
-        out = self.pixel_mean.new_zeros(len(images), 3, H, W)
+        out = torch.zeros(len(images), 3, H, W, device=self.pixel_mean.device).to(memory_format=torch.channels_last)
         for o, x, (h, w) in zip(out, images, sizes): o[:, :h, :w] = (x.to(o) - self.pixel_mean) / self.pixel_std
         return out, sizes
 
@@ -619,7 +702,7 @@ class PanopticRCNN(nn.Module):
 
 def build_model(config:dict)->PanopticRCNN: # n_things, n_stuff and whatever differs from `DEFAULTS`
     "The network of a flat configuration, randomly initialised from torch's generator."
-    return PanopticRCNN(check_config(config))
+    return PanopticRCNN(check_config(config)).to(memory_format=torch.channels_last)      # a quarter faster on CPU
 
 # %% ../nbs/30_model.ipynb #weights
 def save_weights(model:PanopticRCNN, path:str|Path):

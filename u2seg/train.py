@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PASTES', 'NORMS', 'FAST', 'AMP', 'CLASS_LAYERS', 'PseudoLabels', 'epoch_batches', 'Batches', 'lr_factor',
-           'parameter_groups', 'clip_gradients', 'precise_bn', 'fit', 'launch', 'save_model', 'load_initial', 'detect',
+           'parameter_groups', 'clip_gradients', 'precise_bn', 'fit', 'launch', 'load_initial', 'detect', 'predict',
            'self_training_labels']
 
 # %% ../nbs/32_train.ipynb #imports
@@ -17,14 +17,14 @@ import numpy as np
 import safetensors.torch
 import torch
 import torch.distributed as dist
-import yaml
+import torch.nn.functional as F
 from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from .augment import copy_paste, masks_to_boxes, semantic_copy_paste, view
+from .augment import copy_paste, masks_to_boxes, semantic_copy_paste, short_side, view
 from .images import ImageError, by_image, decode_rle, encode_rle, instances_json, read_image, read_json, write_atomic
 from .stage import sharded
 
@@ -110,11 +110,16 @@ class Batches(Dataset):
         if self.batch_size % world: raise ValueError(f'batch_size {self.batch_size} does not divide by {world} processes times accumulation steps')
         n = self.batch_size // world
         drawn = [_draw(self, i, k) for k in range(rank * n, rank * n + n)]
-        return [d[0] for d in drawn], [d[1] for d in drawn], sorted(set(sum((d[2] for d in drawn), [])))
+        targets = [{**d[1], 'seed': _seed(self.seed, i, rank * n + k)} for k, d in enumerate(drawn)]  # for the network's own sampling
+        return [d[0] for d in drawn], targets, sorted(set(sum((d[2] for d in drawn), [])))
 
     def __getitem__(self, i): return self.part(i, 0, 1)
 
 PASTES = ('none', 'plain', 'semantic')
+
+def _seed(*numbers)->int:
+    "One number for a torch generator out of several."
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 # %% ../nbs/32_train.ipynb #draw_place
 def _draw(batches, i, k):
@@ -270,10 +275,7 @@ class _Run:
     def use_average(self):
         for p, m in zip(self.parameters, self.mean): p.copy_(m)
 
-# %% ../nbs/32_train.ipynb #seed
-def _seed(*numbers)->int:
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-
+# %% ../nbs/32_train.ipynb #share
 class _Share(Dataset):
     "One process' share of each batch, as `accumulate` parts."
     def __init__(self, batches, rank, world, accumulate): self.batches, self.rank, self.world, self.accumulate = batches, rank, world, accumulate
@@ -288,9 +290,9 @@ def _one_thread(worker): torch.set_num_threads(1)
 
 # %% ../nbs/32_train.ipynb #forward
 def _to(device, images, targets):
-    return [im.to(device, non_blocking=True).float() for im in images], [{k: v.to(device, non_blocking=True) for k, v in t.items()} for t in targets]
+    return [im.to(device, non_blocking=True).float() for im in images], [{k: v if k == 'seed' else v.to(device, non_blocking=True) for k, v in t.items()} for t in targets]
 
-def _backward(net, run, parts, seeds, amp, device):
+def _backward(net, run, parts, seeds, weights, amp, device):
     "Losses of one process' share, averaged over its parts; their gradients are left in the parameters."
     total = {}
     for j, ((images, targets, _), seed) in enumerate(zip(parts, seeds)):
@@ -298,6 +300,7 @@ def _backward(net, run, parts, seeds, amp, device):
         last = j == len(parts) - 1
         with nullcontext() if last or not hasattr(net, 'no_sync') else net.no_sync():
             with torch.autocast(device.type, AMP[amp], enabled=amp is not None): losses = net(*_to(device, images, targets))
+            losses = {k: v * next((w for name, w in weights.items() if k.startswith(name)), 1) for k, v in losses.items()}
             run.scaler.scale(sum(losses.values()) / len(parts)).backward()
         for k, v in losses.items(): total[k] = total.get(k, 0) + v.detach().float() / len(parts)
     return total
@@ -330,6 +333,7 @@ def fit(model:nn.Module,   # `model(images, targets) -> {name: loss}` in trainin
         momentum:float,    # of SGD
         weight_decay:float, cls_lr_multiplier:float, # see `parameter_groups`
         clip:str|None, clip_value:float, # see `clip_gradients`
+        loss_weights:dict[str, float], # factors of the losses whose names begin so, e.g. {'loss_cls': 2.}
         amp:str|None,      # None, 'bf16', 'fp16'
         accumulate:int,    # parts of each batch; the step is that of the whole batch
         ema:float,         # decay of the averaged weights, which are then the result; 0: none
@@ -341,13 +345,13 @@ def fit(model:nn.Module,   # `model(images, targets) -> {name: loss}` in trainin
     if amp not in AMP: raise ValueError(f"amp must be none, 'bf16' or 'fp16', got {amp!r}")
     at = functools.partial(lr_factor, n_iters=n_iters, schedule=schedule, steps=steps, gamma=gamma, flat=flat, warmup=warmup, warmup_factor=warmup_factor)
     run = _Run(model, parameter_groups(model, weight_decay=weight_decay, cls_lr_multiplier=cls_lr_multiplier), optimizer=optimizer, lr=lr, momentum=momentum, ema=ema, amp=amp)
-    key = _recipe(model, batches, world, n_iters, lr, optimizer, momentum, weight_decay, cls_lr_multiplier, clip, clip_value, amp, accumulate, ema, [at(i) for i in range(0, n_iters, max(n_iters // 100, 1))])
+    key = _recipe(model, batches, world, n_iters, lr, optimizer, momentum, weight_decay, cls_lr_multiplier, clip, clip_value, loss_weights, amp, accumulate, ema, precise_bn, [at(i) for i in range(0, n_iters, max(n_iters // 100, 1))])
     share, state = _Share(batches, rank, world, accumulate), _load(folder/'checkpoint.pt', key)
     if state: run.restore(state)
     if state and state['finished']: return run.rows
     with torch.random.fork_rng(), _asked_to_stop() as asked:
         model.train()
-        _iterate(run, share, at, asked, folder=folder, key=key, n_iters=n_iters, lr=lr, clip=clip, clip_value=clip_value, amp=amp,
+        _iterate(run, share, at, asked, folder=folder, key=key, n_iters=n_iters, lr=lr, clip=clip, clip_value=clip_value, loss_weights=loss_weights, amp=amp,
                  checkpoint_every=checkpoint_every, log_every=log_every, n_workers=n_workers)
         run.use_average()
         _settle_bn(run, share, n_iters, precise_bn)
@@ -364,7 +368,7 @@ def _recipe(model, batches, *rest):
     return digest.hexdigest()
 
 # %% ../nbs/32_train.ipynb #iterate
-def _iterate(run, share, at, asked, *, folder, key, n_iters, lr, clip, clip_value, amp, checkpoint_every, log_every, n_workers):
+def _iterate(run, share, at, asked, *, folder, key, n_iters, lr, clip, clip_value, loss_weights, amp, checkpoint_every, log_every, n_workers):
     "The iterations from `run.next` on."
     device, first = run.parameters[0].device, share.rank == 0
     net = DistributedDataParallel(run.model, find_unused_parameters=True, broadcast_buffers=False) if share.world > 1 else run.model
@@ -374,7 +378,7 @@ def _iterate(run, share, at, asked, *, folder, key, n_iters, lr, clip, clip_valu
             for name in sorted(set(sum((p[2] for p in parts), []))): tqdm.write(f'left out: {name}')
             run.optimizer.zero_grad()
             seeds = [_seed(share.batches.seed, i, share.rank, j) for j in range(len(parts))]
-            losses, signalled = _agree(_backward(net, run, parts, seeds, amp, device), asked, share.world)
+            losses, signalled = _agree(_backward(net, run, parts, seeds, loss_weights, amp, device), asked, share.world)
             _step(run, i, losses, folder, clip=clip, clip_value=clip_value)
             run.note(i, lr * at(i), losses, i + 1 == n_iters or (i + 1) % log_every == 0)
             if first and (signalled or i + 1 == n_iters or (i + 1) % checkpoint_every == 0):
@@ -433,14 +437,8 @@ def _member(rank, n, folder, threads, work):
     work()
     dist.destroy_process_group()
 
-# %% ../nbs/32_train.ipynb #save_model
-CLASS_LAYERS = ('box_predictor.0.cls_score', 'box_predictor.1.cls_score', 'box_predictor.2.cls_score', 'mask_head.predictor', 'sem_seg_head.predictor')
-
-def save_model(model:nn.Module, config:dict, # what `build_model` was called with
-               folder:str|Path):
-    "Write model.safetensors and model.yaml."
-    write_atomic(Path(folder)/'model.safetensors', safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}))
-    write_atomic(Path(folder)/'model.yaml', yaml.safe_dump(config, sort_keys=False).encode())
+# %% ../nbs/32_train.ipynb #load_initial
+CLASS_LAYERS = ('.cls_score.', 'mask_head.predictor.', 'sem_seg_head.predictor.')  # their size is a number of classes
 
 def load_initial(model:nn.Module, path:str|Path, # model.safetensors
                  *, without:tuple[str, ...]=(), # parts of names that start anew in any case
@@ -459,28 +457,37 @@ def detect(model:nn.Module,      # in eval mode: images -> [{boxes, scores, labe
            root:str|Path, images:list[dict], # {id, file_name}, file names relative to `root`
            *, min_score:float, n_max:int,   # detections below are left out; at most this many a picture
            batch_size:int, # pictures together
+           short:int, max_size:int, # size that the network sees: short side, bound of the long one
            folder:str|Path,      # shard files
            category_ids:list[int]|None=None, # of the model's labels; None: 1 ... K
            )->tuple[list[dict], list[dict], list[dict]]: # images with sizes, annotations, skipped [{file_name, reason}]
     "Detections on pictures as COCO annotations; resumes, and shares the work under torchrun or `launch`."
     model.eval()
     digest = hashlib.sha256(b''.join(v.detach().cpu().contiguous().numpy().tobytes() for v in model.state_dict().values())).hexdigest()
-    work = functools.partial(_detect, model, min_score=min_score, n_max=n_max, category_ids=category_ids)
-    records, skipped = sharded(images, lambda im: (im, read_image(Path(root)/im['file_name'])), work, folder, key=dict(weights=digest, min_score=min_score, n_max=n_max, batch_size=batch_size, category_ids=category_ids),
+    work = functools.partial(_detect, model, min_score=min_score, n_max=n_max, short=short, max_size=max_size, category_ids=category_ids)
+    records, skipped = sharded(images, lambda im: (im, read_image(Path(root)/im['file_name'])), work, folder, key=dict(weights=digest, min_score=min_score, n_max=n_max, short=short, max_size=max_size, batch_size=batch_size, category_ids=category_ids),
                                shard_size=64, batch_size=batch_size, desc='detecting')
     return [r['image'] for r in records], [a for r in records for a in r['annotations']], skipped
 
-# %% ../nbs/32_train.ipynb #detect-batch
+# %% ../nbs/32_train.ipynb #predict
 @torch.no_grad()
-def _detect(model, loaded, *, min_score, n_max, category_ids):
+def predict(model:nn.Module,      # in eval mode
+            images:list[np.ndarray], # uint8 [H, W, 3]
+            *, short:int, max_size:int)->list[dict]: # results at the pictures' own sizes
+    "Run the model on pictures of any size."
+    device, sizes = next(model.parameters()).device, [im.shape[:2] for im in images]
+    seen = [torch.from_numpy(im.transpose(2, 0, 1).copy()) for im in images]
+    seen = [F.interpolate(x[None].float(), short_side(s, short, max_size), mode='bilinear', antialias=True)[0] if short_side(s, short, max_size) != tuple(s) else x.float() for x, s in zip(seen, sizes)]
+    return model([x.to(device) for x in seen], sizes=sizes)
+
+def _detect(model, loaded, *, min_score, n_max, short, max_size, category_ids):
     "Records of one batch."
-    device, out = next(model.parameters()).device, []
-    found = model([torch.from_numpy(image.transpose(2, 0, 1).copy()).to(device).float() for _, image in loaded])
-    for (im, image), f in zip(loaded, found):
+    out = []
+    for (im, image), f in zip(loaded, predict(model, [image for _, image in loaded], short=short, max_size=max_size)):
         keep = [j for j in f['scores'].argsort(descending=True, stable=True).tolist() if f['scores'][j] >= min_score][:n_max]
-        notes = [dict(image_id=im['id'], category_id=(category_ids or range(1, 1 << 20))[int(f['labels'][j])], score=round(float(f['scores'][j]), 6),
+        notes = [dict(image_id=im['id'], category_id=category_ids[int(f['labels'][j])] if category_ids else int(f['labels'][j]) + 1, score=round(float(f['scores'][j]), 6),
                       segmentation=encode_rle(f['masks'][j].cpu().numpy())) for j in keep if f['masks'][j].any()]
-        out.append(dict(image=dict(id=im['id'], file_name=im['file_name'], width=image.shape[1], height=image.shape[0]), annotations=notes))
+        out.append(dict(image=dict(im, width=image.shape[1], height=image.shape[0]), annotations=notes))
     return out
 
 # %% ../nbs/32_train.ipynb #self_training_labels

@@ -1,0 +1,84 @@
+"""The whole DVC pipeline, in small, in a clone: complete, strict, isolated from ground truth, repeatable."""
+import json, os, re, shutil, subprocess, sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from u2seg import scenes
+from u2seg.stage import stages
+
+root = Path(__file__).parents[1]
+small = yaml.safe_load((Path(__file__).parent/'small.yaml').read_text())   # what the reduced run changes in params.yaml
+before_truth = ['maskcut', 'cutler', 'cluster', 'stego', 'panoptic', 'train']
+
+
+def run(clone, *cmd, ok=True):
+    env = os.environ | {'PATH': f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", 'PYTHONPATH': str(clone), 'DVC_NO_ANALYTICS': '1'}
+    p = subprocess.run(cmd, cwd=clone, env=env, capture_output=True, text=True)
+    assert (p.returncode == 0) == ok, f'{" ".join(cmd)}\n{p.stdout[-3000:]}\n{p.stderr[-6000:]}'
+    return p.stdout + p.stderr
+
+
+def ran(output): return re.findall(r"Running stage '(\w+)'", output)
+
+
+def change(clone, updates):
+    params = yaml.safe_load((clone/'params.yaml').read_text())
+    for section, values in updates.items(): params[section].update(values)
+    (clone/'params.yaml').write_text(yaml.safe_dump(params, sort_keys=False))
+
+
+@pytest.fixture(scope='module')
+def clone(tmp_path_factory):
+    clone = tmp_path_factory.mktemp('pipeline')/'u2seg'
+    subprocess.run(['git', 'clone', '-q', root, clone], check=True)
+    for name in ('nbs', 'u2seg'):                                      # what is being tested is the working tree
+        shutil.rmtree(clone/name); shutil.copytree(root/name, clone/name, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
+    for name in ('params.yaml', 'dvc.yaml'): shutil.copy(root/name, clone/name)
+    scenes.draw_dataset(clone/'small', seed=1, n_train=20, n_val=6, kinds=('objects', 'scenes'), n_workers=2)
+    change(clone, small)
+    return clone
+
+
+def scramble_truth(clone, back=False):
+    "Turn every file of ground truth into garbage, or back."
+    for f in sorted((clone/'small').glob('*/annotations/**/*')):
+        if f.is_file(): f.write_bytes(bytes(255 - b for b in f.read_bytes()))
+
+
+def test_whole_pipeline(clone):
+    assert 'fits the' in run(clone, 'u2seg', 'check')
+    scramble_truth(clone)
+    assert ran(run(clone, 'dvc', 'repro', 'train')) == ['pretrain'] + before_truth   # none of them can have read ground truth
+    scramble_truth(clone)
+    run(clone, 'dvc', 'commit', '-qf', *before_truth)                  # the image folder's digest covers the annotations beside it
+    assert ran(run(clone, 'dvc', 'repro')) == ['evaluate', 'fewshot', 'report']
+    assert ran(run(clone, 'dvc', 'repro')) == []                       # a second run does nothing
+    for name in stages(clone): assert (clone/'out'/name/'run.ipynb').exists() and (name == 'report' or json.loads((clone/'out'/name/'metrics.json').read_text()))
+    assert not list((clone/'out'/'.work').iterdir())
+    assert 'U2Seg' in run(clone, 'u2seg', 'table')
+
+
+def test_deleting_the_results_and_running_again_gives_the_same_bytes(clone):
+    kept = {p: p.read_bytes() for name in before_truth[2:] + ['evaluate'] for p in (clone/'out'/name).rglob('*') if p.is_file() and p.suffix in ('.json', '.csv', '.npy', '.safetensors', '.png')}
+    for name in before_truth[2:] + ['evaluate']: shutil.rmtree(clone/'out'/name)
+    run(clone, 'dvc', 'repro', '--no-run-cache', '-f', '-s', *before_truth[2:], 'evaluate')
+    assert [str(p.relative_to(clone)) for p in kept if p.read_bytes() != kept[p]] == []
+
+
+def test_a_changed_knob_reruns_its_stage_and_what_follows(clone):
+    change(clone, dict(cluster=dict(k=small['cluster']['k'] - 1)))
+    assert ran(run(clone, 'dvc', 'repro', 'panoptic')) == ['cluster', 'panoptic']
+    status = json.loads(run(clone, 'dvc', 'status', '--json'))
+    assert not {'pretrain', 'maskcut', 'cutler', 'cluster', 'stego', 'panoptic'} & status.keys() and 'train' in status
+
+
+@pytest.mark.parametrize('updates,message', [
+    (dict(cluster=dict(kk=3)), 'unknown name cluster.kk'), (dict(maskcut=dict(tau=2.0)), 'tau'), (dict(maskcut=dict(tau='x')), 'maskcut.tau must be float'), (dict(data=dict(root='nowhere')), 'nowhere')])
+def test_a_newcomers_mistakes_end_in_one_sentence(clone, updates, message):
+    kept = (clone/'params.yaml').read_text()
+    change(clone, updates)
+    try: output = run(clone, 'u2seg', 'run', 'maskcut', ok=False) if 'data' in updates else run(clone, 'u2seg', 'check', ok=False)
+    finally: (clone/'params.yaml').write_text(kept)
+    assert message in output and 'Traceback' not in output and len(output.strip().splitlines()[-1]) < 300

@@ -1,0 +1,99 @@
+"""The repository as a whole: library and notebooks agree, notebooks are clean and small, each knob has one place."""
+import ast, os, re, shutil, subprocess, sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+from u2seg import stage as S
+
+root = Path(__file__).parents[1]
+notebooks = sorted((root/'nbs').glob('*.ipynb'))
+bin_ = Path(sys.executable).parent
+
+
+@pytest.fixture(scope='module')
+def copy(tmp_path_factory):
+    "A copy of what nbdev works on."
+    to = tmp_path_factory.mktemp('copy')
+    for name in ('nbs', 'u2seg'): shutil.copytree(root/name, to/name, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints', '_proc'))
+    for name in ('settings.ini', 'README.md', 'setup.py'): shutil.copy(root/name, to/name)
+    return to
+
+
+def run(copy, *cmd): subprocess.run([bin_/cmd[0], *cmd[1:]], cwd=copy, check=True, env=os.environ | {'PYTHONPATH': str(copy)})
+
+
+def test_library_is_what_the_notebooks_export(copy):
+    before = {p.name: p.read_text() for p in (copy/'u2seg').glob('*.py')}
+    run(copy, 'nbdev_export')
+    after = {p.name: p.read_text() for p in (copy/'u2seg').glob('*.py')}
+    assert before.keys() == after.keys()
+    assert [n for n in after if after[n] != before[n]] == [], 'run nbdev_export (or nbdev_update, if the module was edited)'
+
+
+def test_notebooks_are_clean(copy):
+    before = {p.name: p.read_bytes() for p in (copy/'nbs').glob('*.ipynb')}
+    run(copy, 'nbdev_clean')
+    assert [n for n in before if (copy/'nbs'/n).read_bytes() != before[n]] == [], 'run nbdev_clean'
+
+
+@pytest.mark.parametrize('path', notebooks, ids=lambda p: p.stem)
+def test_notebook_reads_as_a_paper(path):
+    nb = nbformat.read(path, 4)
+    nbformat.validate(nb)
+    code = [c for c in nb.cells if c.cell_type == 'code']
+    assert not [c['id'] for c in code for o in c.outputs if o.output_type == 'error'], 'an error is kept as output'
+    assert max(len([l for l in c.source.split('\n') if l.strip()]) for c in code) <= 60
+    assert len([c for c in nb.cells if c.cell_type == 'markdown']) * 3 >= len(code)
+    assert path.stat().st_size < 1_500_000
+
+
+def test_module_imports_only_from_lower_numbers():
+    number = {}
+    for p in notebooks:
+        m = re.search(r'#\| *default_exp +(\w+)', p.read_text())
+        if m: number[m[1]] = int(p.name[:2])
+    for name in number:
+        for node in ast.walk(ast.parse((root/'u2seg'/f'{name}.py').read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith('u2seg.') and name != 'cli':
+                other = node.module.split('.')[1]
+                assert number[other] < number[name], f'{name} imports from {other}'
+
+
+def test_params_are_the_notebooks_defaults():
+    params = yaml.safe_load((root/'params.yaml').read_text())
+    assert S.check_stages(root) == S.stages(root)
+    for name in S.stages(root):
+        defaults = S.declared(nbformat.read(S.stage_notebook(root, name), 4))
+        given = S.stage_values(name, params, defaults)
+        assert given == {k: v for k, v in defaults.items() if k != 'root'}, name
+
+
+@pytest.mark.parametrize('config', sorted((root/'configs').glob('*.yaml')), ids=lambda p: p.stem)
+def test_recipes_fit_the_stages(config, tmp_path):
+    (tmp_path/'nbs').symlink_to(root/'nbs'); shutil.copy(config, tmp_path/'params.yaml')
+    assert S.check_stages(tmp_path) == S.stages(root)
+
+
+def test_only_evaluation_reads_ground_truth():
+    for name in S.stages(root):
+        source = S.stage_notebook(root, name).read_text()
+        if name not in ('evaluate', 'fewshot'): assert 'annotations/' not in source and 'data_val' not in S.declared(nbformat.read(S.stage_notebook(root, name), 4)), name
+
+
+def test_pipeline_names_every_stage_and_its_modules():
+    dvc = yaml.safe_load((root/'dvc.yaml').read_text())['stages']
+    assert list(dvc) == S.stages(root)
+    for name, stage in dvc.items():
+        assert stage['cmd'] == f'u2seg run {name}' and name in str(stage['params'])
+        if name == 'pretrain': continue                       # retrained only when its parameters change
+        notebook = S.stage_notebook(root, name)
+        assert f'nbs/{notebook.name}' in stage['deps']
+        used = {m for c in nbformat.read(notebook, 4).cells if c.cell_type == 'code' for m in re.findall(r'^from u2seg\.(\w+) import', c.source, re.M)}
+        todo = list(used)
+        while todo:                                           # whatever those import in turn
+            for m in re.findall(r'^ *from u2seg\.(\w+) import', (root/'u2seg'/f'{todo.pop()}.py').read_text(), re.M):
+                if m not in used: used.add(m); todo.append(m)
+        assert {f'u2seg/{m}.py' for m in used} == {d for d in stage['deps'] if d.startswith('u2seg/')}, name
