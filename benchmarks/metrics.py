@@ -1,0 +1,168 @@
+"""AP and PQ beside pycocotools and panopticapi, side by side in one run, one core.
+
+    OMP_NUM_THREADS=1 python benchmarks/metrics.py [--images 5000] [--repeats 7] [--write]
+
+Medians of alternating runs. Every pair of results is compared as well: a faster number that differs is no number.
+panopticapi has no release on PyPI: without it (pip install git+https://github.com/cocodataset/panopticapi) its part is left out.
+`--write` puts the table into benchmarks/results/metrics.md with today's date.
+"""
+import argparse, contextlib, copy, datetime, io, json, os, platform, resource, statistics, subprocess, sys, tempfile, time
+from pathlib import Path
+
+import numpy as np
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from u2seg.images import write_ids, write_json
+from u2seg.metrics import instance_ap, panoptic_quality
+
+SHARED = Path(os.environ.get('U2SEG_SHARED_DATA', Path(__file__).parents[2]/'shared'/'data'))
+
+
+def alternate(ours, theirs, repeats):
+    "Median seconds of each, run in turn; the ratio of the medians."
+    times = [], []
+    for _ in range(repeats):
+        for f, t in zip((ours, theirs), times):
+            start = time.perf_counter(); f(); t.append(time.perf_counter() - start)
+    a, b = map(statistics.median, times)
+    return a, b, b / a
+
+
+def quietly(f, *args):
+    with contextlib.redirect_stdout(io.StringIO()): return f(*args)
+
+
+# AP
+
+def pycocotools_ap(gt, dt, iou_type):
+    def run():
+        coco = COCO(str(gt)); e = COCOeval(coco, coco.loadRes(str(dt)), iou_type)
+        e.evaluate(); e.accumulate(); e.summarize()
+        return e.stats
+    return quietly(run)
+
+
+def synthetic_instances(folder, n_images, seed=0, n_classes=80, size=(480, 640)):
+    "Seven objects an image on average, fifteen detections: moved objects, other classes, false ones. Masks are polygons of 12 corners, as codes."
+    rng, H, W = np.random.default_rng(seed), *size
+    turn = np.linspace(0, 2 * np.pi, 12, endpoint=False)
+    def code(cx, cy, r, wobble):
+        p = np.stack([cx + r * wobble * np.cos(turn), cy + r * wobble * np.sin(turn)], 1).clip(0, [W - 1, H - 1])
+        rle = coco_mask.merge(coco_mask.frPyObjects([p.ravel().tolist()], H, W))
+        return dict(segmentation=dict(size=[H, W], counts=rle['counts'].decode()), bbox=coco_mask.toBbox(rle).tolist(), area=int(coco_mask.area(rle)))
+    objects, found = [], []
+    for i in range(1, n_images + 1):
+        for _ in range(rng.poisson(7)):
+            c, cx, cy, r, wobble = int(rng.integers(1, n_classes + 1)), rng.uniform(0, W), rng.uniform(0, H), np.exp(rng.uniform(2, 4.8)), rng.uniform(.7, 1.3, 12)
+            objects.append(dict(code(cx, cy, r, wobble), id=len(objects) + 1, image_id=i, category_id=c, iscrowd=int(rng.random() < .02)))
+            for _ in range(rng.poisson(2)):
+                moved = code(cx + rng.normal() * r / 6, cy + rng.normal() * r / 6, r * rng.uniform(.8, 1.2), wobble)
+                found.append(dict(image_id=i, category_id=c if rng.random() < .8 else int(rng.integers(1, n_classes + 1)), score=round(float(rng.random()), 3), segmentation=moved['segmentation']))
+    write_json(folder/'gt.json', dict(images=[dict(id=i, height=H, width=W) for i in range(1, n_images + 1)], annotations=objects, categories=[dict(id=c) for c in range(1, n_classes + 1)]))
+    write_json(folder/'segm.json', found)
+    write_json(folder/'bbox.json', [dict({k: v for k, v in d.items() if k != 'segmentation'}, bbox=coco_mask.toBbox(d['segmentation']).tolist()) for d in found])
+    return len(objects), len(found)
+
+
+def peak(which, gt, dt):
+    "Peak memory in MB, above that of the imports, of one evaluation in a process of its own."
+    call = 'instance_ap(sys.argv[2], sys.argv[3])' if which == 'ours' else "pycocotools_ap(sys.argv[2], sys.argv[3], 'segm')"
+    code = f'import sys, resource; sys.path.insert(0, sys.argv[1]); from metrics import *; m = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; base = m(); {call}; print(m() - base)'
+    return int(subprocess.run([sys.executable, '-c', code, str(Path(__file__).parent), str(gt), str(dt)], capture_output=True, text=True, check=True).stdout) // 1024
+
+
+def bench_ap(name, gt, dt, iou_type, repeats):
+    ours, theirs = instance_ap(gt, dt, iou_type=iou_type), pycocotools_ap(gt, dt, iou_type)
+    worst = max(abs(a - b) for a, b in zip(ours.values(), theirs))
+    a, b, ratio = alternate(lambda: instance_ap(gt, dt, iou_type=iou_type), lambda: pycocotools_ap(gt, dt, iou_type), repeats)
+    return f'| AP {iou_type}, {name} | {a:.3g} s | {b:.3g} s | **{ratio:.1f}** | {worst:.0e} |'
+
+
+# PQ
+
+def synthetic_panoptic(folder, n_images, seed=0, size=(480, 640)):
+    "Some twenty regions an image with wavy outlines; the prediction is shifted, some classes are wrong, some regions lost."
+    rng, (y, x) = np.random.default_rng(seed), np.mgrid[:size[0], :size[1]].astype(np.float32)
+    cats = [dict(id=c, isthing=int(c <= 80)) for c in range(1, 134)]
+    gt, pred = [], []
+    for sub in ('gt', 'pred'): (folder/sub).mkdir()
+    for i in range(1, n_images + 1):
+        g, p = np.zeros((2, *size), np.int32)
+        ids, classes = rng.choice(1 << 24, 26, replace=False).astype(np.int32) + 1, rng.integers(1, 134, 26)
+        for k in range(26):
+            cy, cx, r, wave, lobes = *rng.uniform(0, size), 300 * np.exp(-k / 12), rng.uniform(0, .4), rng.integers(2, 9)
+            for m, d in (g, 0), (p, rng.uniform(-.12, .12) * r):
+                ry, rx = y - cy - d, x - cx + d
+                m[np.hypot(ry, rx) < r * (1 + wave * np.sin(lobes * np.arctan2(ry, rx)))] = ids[k]
+        write_ids(folder/'gt'/f'{i}.png', g); write_ids(folder/'pred'/f'{i}.png', p)
+        n = {int(k): int(v) for k, v in zip(*np.unique(g, return_counts=True))}
+        gt.append(dict(image_id=i, file_name=f'{i}.png', segments_info=[dict(id=int(s), category_id=int(c), iscrowd=int(c <= 80 and rng.random() < .05), area=n[int(s)]) for s, c in zip(ids, classes) if int(s) in n]))
+        there = set(np.unique(p).tolist())
+        pred.append(dict(image_id=i, file_name=f'{i}.png', segments_info=[dict(id=int(s), category_id=int(c) if rng.random() < .8 else int(rng.integers(1, 134))) for s, c in zip(ids, classes) if int(s) in there]))
+    return dict(categories=cats, annotations=gt), dict(annotations=pred)
+
+
+def bench_pq(name, gt, gt_dir, pred, pred_dir, repeats):
+    from panopticapi.evaluation import pq_compute_single_core
+    cats = {c['id']: c for c in gt['categories']}
+    found = {a['image_id']: a for a in pred['annotations']}
+    def theirs(): return quietly(pq_compute_single_core, 0, copy.deepcopy([(a, found[a['image_id']]) for a in gt['annotations']]), str(gt_dir), str(pred_dir), cats)
+    def ours(): return panoptic_quality(gt, gt_dir, pred, pred_dir)
+    stat, s = theirs(), ours()
+    worst = max(abs(stat.pq_average(cats, isthing=t)[0][k] - s[g][k]) for g, t in (('All', None), ('Things', True), ('Stuff', False)) for k in ('pq', 'sq', 'rq', 'n'))
+    a, b, ratio = alternate(ours, theirs, repeats)
+    n = len(gt['annotations'])
+    return f'| PQ, {name} | {1e3 * a / n:.3g} ms an image | {1e3 * b / n:.3g} ms an image | **{ratio:.1f}** | {worst:.0e} |'
+
+
+def moved_truth(gt, gt_dir, folder, seed=0):
+    "A prediction from real ground truth: every map moved by some pixels, one class in ten replaced."
+    from u2seg.images import read_ids
+    rng, classes, out = np.random.default_rng(seed), [c['id'] for c in gt['categories']], []
+    for a in gt['annotations']:
+        ids = np.roll(read_ids(gt_dir/a['file_name']), rng.integers(-8, 9, 2), (0, 1))
+        write_ids(folder/a['file_name'], ids)
+        out.append(dict(image_id=a['image_id'], file_name=a['file_name'], segments_info=[dict(id=s['id'], category_id=s['category_id'] if rng.random() < .9 else int(rng.choice(classes))) for s in a['segments_info']]))
+    return dict(annotations=out)
+
+
+def rows(n_images, repeats, tmp):
+    ap, coco26 = SHARED/'ap', SHARED/'coco26'
+    if ap.exists():
+        for t in ('segm', 'bbox'): yield bench_ap('the 100 images of cocoapi', ap/'instances_val2014_100.json', ap/f'instances_val2014_fake{t}100_results.json', t, repeats)
+    else: yield f'| AP, the 100 images of cocoapi | {ap} is not here | | | |'
+    n, m = synthetic_instances(tmp, n_images)
+    for t in ('segm', 'bbox'): yield bench_ap(f'{n_images} images, {n} objects, {m} detections', tmp/'gt.json', tmp/f'{t}.json', t, max(repeats // 3, 1))
+    a, b = (peak(w, tmp/'gt.json', tmp/'segm.json') for w in ('ours', 'theirs'))
+    yield f'| peak memory of that, masks, above the imports | {a} MB | {b} MB | {b / max(a, 1):.1f} | |'
+    try: import panopticapi
+    except ImportError: yield '| PQ | panopticapi is not installed | | | |'; return
+    (tmp/'p').mkdir(); gt, pred = synthetic_panoptic(tmp/'p', 40)
+    yield bench_pq('40 drawn maps of 640 x 480', gt, tmp/'p'/'gt', pred, tmp/'p'/'pred', repeats)
+    if coco26.exists():
+        gt = json.loads((coco26/'panoptic.json').read_bytes()); (tmp/'c').mkdir()
+        yield bench_pq('26 COCO photos', gt, coco26/'panoptic', moved_truth(gt, coco26/'panoptic', tmp/'c'), tmp/'c', repeats)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    panoptic_quality(dict(gt, annotations=gt['annotations'] * 8), *((coco26/'panoptic', gt, coco26/'panoptic') if coco26.exists() else (tmp/'p'/'gt', gt, tmp/'p'/'gt')))
+    yield f'| PQ of eight times as many: growth of peak memory | {(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024} MB | | | |'
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--images', type=int, default=5000); p.add_argument('--repeats', type=int, default=7); p.add_argument('--write', action='store_true')
+    args = p.parse_args()
+    import pycocotools
+    lines = ['| what | u2seg | reference | ratio | largest difference |', '|---|---|---|---|---|']
+    print(*lines, sep='\n')
+    with tempfile.TemporaryDirectory() as tmp:
+        for line in rows(args.images, args.repeats, Path(tmp)): print(line, flush=True); lines.append(line)
+    if args.write:
+        head = f'# AP and PQ beside the reference evaluators\n\n`OMP_NUM_THREADS=1 python benchmarks/metrics.py --images {args.images} --repeats {args.repeats} --write`, {datetime.date.today()}, one core, {platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}.\n' \
+               'References: pycocotools 2.0.11 (its own process for the memory row) and panopticapi\'s `pq_compute_single_core`; files are read by both. Medians of alternating runs.\n\n'
+        out = Path(__file__).parent/'results'/'metrics.md'; out.parent.mkdir(exist_ok=True)
+        out.write_text(head + '\n'.join(lines) + '\n')
+
+
+if __name__ == '__main__': main()
