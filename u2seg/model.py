@@ -11,17 +11,17 @@ __all__ = ['DEFAULTS', 'BLOCKS', 'CHOICES', 'MEAN', 'STD', 'check_config', 'Sync
 
 # %% ../nbs/30_model.ipynb #imports
 import itertools, math, numbers, pickle
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
-import numba
 import numpy as np
 import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import yaml
-from numba import njit, prange
+from numba import njit
 from torch import Tensor, nn
 from torchvision.ops import nms, batched_nms, roi_align
 from torchvision.ops.misc import FrozenBatchNorm2d
@@ -353,9 +353,9 @@ def _taps(low, high, bins, size, ratio):
     return cell, weight, count
 
 # %% ../nbs/30_model.ipynb #pool_kernels
-@njit(cache=True, parallel=True)
-def _pool(x, boxes, image, rows, ratio, out): # [b, h, w, c], [n, 4] in cells, [n], [n] -> out[rows] [size, size, c]
-    for r in prange(len(rows)):
+@njit(cache=True, nogil=True)
+def _pool(start, stop, x, boxes, image, rows, ratio, out): # [b, h, w, c], [n, 4] in cells, [n], [n] -> out[rows] [size, size, c]
+    for r in range(start, stop):
         f, o = x[image[r]], out[rows[r]]
         y_cell, y_weight, y_count = _taps(boxes[r, 1], boxes[r, 3], o.shape[0], f.shape[0], ratio)
         x_cell, x_weight, x_count = _taps(boxes[r, 0], boxes[r, 2], o.shape[1], f.shape[1], ratio)
@@ -367,15 +367,15 @@ def _pool(x, boxes, image, rows, ratio, out): # [b, h, w, c], [n, 4] in cells, [
                         w, p = y_weight[i, a] * x_weight[j, b], f[y_cell[i, a], x_cell[j, b]]
                         for c in range(len(to)): to[c] += w * p[c]
 
-@njit(cache=True, parallel=True)
-def _unpool(grad, boxes, image, rows, ratio, out, chunk): # the transpose of `_pool`: grad[rows] is added to out [b, h, w, c]
+# %% ../nbs/30_model.ipynb #unpool_kernel
+@njit(cache=True, nogil=True)
+def _unpool(start, stop, grad, boxes, image, rows, ratio, out, chunk): # the transpose: grad[rows] [size, size, c] is added to out [b, h, w, c]
     n_chunks = (out.shape[3] + chunk - 1) // chunk
-    for task in prange(out.shape[0] * n_chunks):                # a picture and a slice of the channels: no two write to one place
-        i_image, first = task // n_chunks, task % n_chunks * chunk
-        f = out[i_image, :, :, first:first + chunk]
+    for task in range(start, stop):                             # a picture and a slice of the channels: no two tasks write to one place
+        f = out[task // n_chunks, :, :, task % n_chunks * chunk:(task % n_chunks + 1) * chunk]
         for r in range(len(rows)):
-            if image[r] != i_image: continue
-            g = grad[rows[r], :, :, first:first + chunk]
+            if image[r] != task // n_chunks: continue
+            g = grad[rows[r], :, :, task % n_chunks * chunk:(task % n_chunks + 1) * chunk]
             y_cell, y_weight, y_count = _taps(boxes[r, 1], boxes[r, 3], g.shape[0], f.shape[0], ratio)
             x_cell, x_weight, x_count = _taps(boxes[r, 0], boxes[r, 2], g.shape[1], f.shape[1], ratio)
             for i in range(g.shape[0]):
@@ -386,12 +386,22 @@ def _unpool(grad, boxes, image, rows, ratio, out, chunk): # the transpose of `_p
                             w, p = y_weight[i, a] * x_weight[j, b], f[y_cell[i, a], x_cell[j, b]]
                             for c in range(len(of)): p[c] += w * of[c]
 
+# %% ../nbs/30_model.ipynb #spread
+@lru_cache
+def _workers(n): return ThreadPoolExecutor(n)
+
+def _spread(kernel, n, *args):
+    "Run tasks 0 ... n - 1 of a kernel on as many threads as torch uses."
+    threads = min(torch.get_num_threads(), n)
+    if threads < 2: return kernel(0, n, *args)
+    cuts = np.linspace(0, n, threads + 1).astype(int)
+    list(_workers(threads).map(lambda start, stop: kernel(start, stop, *args), cuts[:-1], cuts[1:]))
+
 # %% ../nbs/30_model.ipynb #RegionAlign
 class _RegionAlign(torch.autograd.Function):
     "RoIAlign over all levels at once, on CPU: features [b, c, h, w] a level -> [r, c, size, size]."
     @staticmethod
     def forward(ctx, boxes, image, level, scales, size, ratio, *features):
-        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
         out = torch.zeros(len(boxes), size, size, features[0].shape[1])
         ctx.parts, ctx.ratio, ctx.shapes = [], ratio, []
         for l, (x, scale) in enumerate(zip(features, scales)):
@@ -399,16 +409,15 @@ class _RegionAlign(torch.autograd.Function):
             ctx.parts.append(((boxes[rows].float() * scale - .5).numpy(), image[rows].numpy(), rows.numpy()))
             x = x.detach().float().permute(0, 2, 3, 1).contiguous()
             ctx.shapes.append(x.shape)
-            if len(rows): _pool(x.numpy(), *ctx.parts[-1], ratio, out.numpy())
+            _spread(_pool, len(rows), x.numpy(), *ctx.parts[-1], ratio, out.numpy())
         return out.permute(0, 3, 1, 2)
 
     @staticmethod
     def backward(ctx, grad):
-        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
         grad, out = grad.float().permute(0, 2, 3, 1).contiguous(), []
         for part, shape in zip(ctx.parts, ctx.shapes):
             out.append(torch.zeros(shape))
-            if len(part[2]): _unpool(grad.numpy(), *part, ctx.ratio, out[-1].numpy(), 64)
+            _spread(_unpool, shape[0] * -(-shape[3] // 64), grad.numpy(), *part, ctx.ratio, out[-1].numpy(), 64)
         return None, None, None, None, None, None, *(o.permute(0, 3, 1, 2) for o in out)
 
 # %% ../nbs/30_model.ipynb #Pooler
