@@ -26,6 +26,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .crf import dense_crf
 from .images import normalize, read_image, resize_image, to_tensor, write_atomic, write_png
 from .stage import sharded
 
@@ -393,10 +394,8 @@ def segment(labeller:Labeller, extract:Callable, images:list[np.ndarray], # uint
         codes = patch_codes(labeller, extract, [images[i] for i in group], size=size, patch_size=patch_size, flip=flip)
         for i, code in zip(group, codes):
             prob = pixel_probs(labeller, code[None], shape[:2], alpha=alpha)[0]
-            if crf is not None:
-                from u2seg.crf import dense_crf
-                prob = dense_crf(images[i], prob, **crf)
-            out[i] = np.asarray(prob.argmax(0).cpu() if isinstance(prob, Tensor) else prob.argmax(0)).astype(np.uint8)
+            if crf is not None: prob = dense_crf(images[i], prob, **crf)
+            out[i] = prob.argmax(0).to(torch.uint8).cpu().numpy()
     return out
 
 # %% ../nbs/50_stego.ipynb #write_semantic
@@ -454,10 +453,8 @@ def load_labeller(path:str|Path, device='cpu')->tuple[Labeller, dict]: # the lab
 # %% ../nbs/50_stego.ipynb #load_stego_checkpoint
 class _Inert:
     "Stands in for a configuration object of a checkpoint."
-    def __new__(cls, *args, **kwargs): return object.__new__(cls)
-    def __init__(self, *args, **kwargs): pass
+    def __new__(cls, *args, **kwargs): return {} if cls.__name__ == 'collections.defaultdict' else object.__new__(cls)
     def __setstate__(self, state): pass
-    def __setitem__(self, key, value): pass
 
 INERT = ('omegaconf', 'pytorch_lightning', 'lightning', 'typing', 'collections.defaultdict', 'builtins.dict', 'builtins.list', 'builtins.int',
          'builtins.float', 'builtins.str', 'builtins.bool', 'builtins.tuple')
@@ -469,7 +466,7 @@ def load_stego_checkpoint(path:str|Path, # a Lightning .ckpt of the official rel
     except Exception as e: raise ValueError(f'{path}: not a checkpoint ({type(e).__name__}: {str(e)[:100]})') from None
     refused = [n for n in wanted if not any(n == i or n.startswith(i + '.') for i in INERT)]
     if refused: raise ValueError(f'{path}: asks for {", ".join(sorted(refused))}, which no STEGO checkpoint needs; not loaded')
-    stand_ins = [(type(n.replace('.', '_'), (_Inert,), {}), n) for n in wanted]
+    stand_ins = [(type(n, (_Inert,), {}), n) for n in wanted]
     with torch.serialization.safe_globals(stand_ins): state = torch.load(path, map_location='cpu', weights_only=True)
     return _from_release(state.get('state_dict', {}), path)
 

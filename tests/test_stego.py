@@ -1,0 +1,391 @@
+"""STEGO against loops that write out METHOD's formulas, and its training and files against interruptions and foul input."""
+import csv, os, sys, types
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from u2seg import stego
+from u2seg.images import normalize, read_image, to_tensor
+from u2seg.stego import (Head, Labeller, PatchFeatures, PcaHead, collect_files, correspondence_loss, fit_kmeans, fit_stego, gather_features, linear_probe, load_labeller,
+                         load_stego_checkpoint, nearest_images, pixel_probs, probe_loss, random_partners, random_points, read_semantic, refit_probe, sample, save_labeller,
+                         segment, spherical_kmeans, stego_loss, step_batch, training_view, write_semantic)
+
+G = lambda seed=0: torch.Generator().manual_seed(seed)
+KNOBS = dict(w_self=.67, w_knn=.25, w_rand=.63, b_self=.08, b_knn=.02, b_rand=.3, n_points=4, n_random=2)
+FIT = dict(n_classes=3, code_dim=4, dropout=.1, n_steps=12, batch_size=4, lr=1e-2, lr_probe=5e-2, seed=5, log_every=1) | KNOBS
+
+
+def plain_loss(f, g, c, s, shift, pointwise=True, zero_clamp=True):
+    "METHOD section 4, written out: float64 lists and loops."
+    f, g, c, s = (np.asarray(x.detach(), float) for x in (f, g, c, s))
+    B, h, w, i_, j_ = f.shape[0], *f.shape[2:], *g.shape[2:]
+    def cos(a, b): return float(np.dot(a, b) / (max(np.sqrt(np.dot(a, a)), 1e-10) * max(np.sqrt(np.dot(b, b)), 1e-10)))
+    grid = [(y, x, v, u) for y in range(h) for x in range(w) for v in range(i_) for u in range(j_)]
+    big = {(b, *p): cos(f[b, :, p[0], p[1]], g[b, :, p[2], p[3]]) for b in range(B) for p in grid}
+    mean = sum(big.values()) / len(big)
+    row = {(b, y, x): sum(big[b, y, x, v, u] for v in range(i_) for u in range(j_)) / (i_ * j_) for b in range(B) for y in range(h) for x in range(w)}
+    total = 0.
+    for b in range(B):
+        for y, x, v, u in grid:
+            F_ = big[b, y, x, v, u] - (row[b, y, x] - mean if pointwise else 0)
+            S_ = cos(c[b, :, y, x], s[b, :, v, u])
+            total += -(max(S_, 0) if zero_clamp else S_) * (F_ - shift)
+    return total / len(big)
+
+
+@pytest.mark.parametrize('dtype,tol', [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+@pytest.mark.parametrize('pointwise', [True, False])
+@pytest.mark.parametrize('zero_clamp', [True, False])
+def test_loss_equals_the_loops(dtype, tol, pointwise, zero_clamp):
+    g = G()
+    f, f2 = torch.randn(3, 5, 3, 4, generator=g, dtype=dtype), torch.randn(3, 5, 2, 3, generator=g, dtype=dtype) + .5
+    c, c2 = torch.randn(3, 6, 3, 4, generator=g, dtype=dtype), torch.randn(3, 6, 2, 3, generator=g, dtype=dtype)
+    for shift in (-.3, 0., .66):
+        got = correspondence_loss(f, f2, c, c2, shift, pointwise=pointwise, zero_clamp=zero_clamp)
+        assert abs(got.item() - plain_loss(f, f2, c, c2, shift, pointwise, zero_clamp)) < tol
+
+
+def test_loss_of_zero_vectors_is_finite():
+    z = torch.zeros(1, 3, 2, 2, requires_grad=True)
+    loss = correspondence_loss(torch.zeros(1, 3, 2, 2), torch.zeros(1, 3, 2, 2), z, z, .1); loss.backward()
+    assert loss.item() == 0 and torch.isfinite(z.grad).all()
+
+
+def test_gradient():
+    g = G(1)
+    f, f2 = (torch.randn(2, 3, 2, 3, generator=g, dtype=torch.float64) for _ in range(2))
+    c, c2 = (torch.randn(2, 4, 2, 3, generator=g, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(lambda a, b: correspondence_loss(f, f2, a, b, .2), (c, c2))
+    assert torch.autograd.gradcheck(lambda a: correspondence_loss(f, f, a, a, .2), (c,))
+    pts = random_points(2, 3, g).double()
+    assert torch.autograd.gradcheck(lambda a: correspondence_loss(sample(f, pts), sample(f, pts), sample(a, pts), sample(a, pts), .2), (c,))
+    f.requires_grad_(); correspondence_loss(f, f2, c, c2, .2).backward()
+    assert f.grad is None                                                        # the features are a target, nothing learns through them
+
+
+def test_upper_clamp_and_grids():
+    one = torch.ones(1, 2, 1, 1)
+    assert correspondence_loss(one, one, one, one, 0., max_agreement=.8).item() == pytest.approx(-.8)
+    with pytest.raises(ValueError, match='one grid'): correspondence_loss(torch.zeros(1, 2, 3, 3), torch.zeros(1, 2, 3, 3), torch.zeros(1, 2, 2, 3), torch.zeros(1, 2, 3, 3), 0.)
+
+
+def test_sampling_is_bilinear_with_aligned_corners_and_border():
+    x, pts = torch.randn(2, 3, 4, 5, generator=G()), random_points(2, 6, G(1)) * 1.2     # some lie outside
+    got = sample(x, pts)
+    for b in range(2):
+        for i in range(6):
+            for j in range(6):
+                px, py = ((pts[b, i, j, 0].item() + 1) / 2 * 4, (pts[b, i, j, 1].item() + 1) / 2 * 3)
+                px, py = min(max(px, 0), 4), min(max(py, 0), 3)
+                x0, y0 = min(int(px), 3), min(int(py), 2); fx, fy = px - x0, py - y0
+                want = (1 - fy) * ((1 - fx) * x[b, :, y0, x0] + fx * x[b, :, y0, x0 + 1]) + fy * ((1 - fx) * x[b, :, y0 + 1, x0] + fx * x[b, :, y0 + 1, x0 + 1])
+                assert torch.allclose(got[b, :, i, j], want, atol=1e-5)
+
+
+def test_partners_are_a_permutation_with_fixed_points_moved_on():
+    seen_fixed = 0
+    for seed in range(200):
+        b = 2 + seed % 7
+        p, raw = random_partners(b, G(seed)), torch.randperm(b, generator=G(seed)).tolist()
+        assert p.tolist() == [(v + 1) % b if v == i else v for i, v in enumerate(raw)]
+        assert all(v != i for i, v in enumerate(p.tolist()))
+        seen_fixed += any(v == i for i, v in enumerate(raw))
+    assert seen_fixed > 50                                                       # the rule was needed
+    with pytest.raises(ValueError, match='2 or more'): random_partners(1, G())
+
+
+def test_step_loss_is_the_weighted_sum_of_its_pairs():
+    g = G(2); f, fk = torch.randn(4, 5, 6, 6, generator=g), torch.randn(4, 5, 6, 6, generator=g)
+    c, ck = torch.randn(4, 3, 6, 6, generator=g), torch.randn(4, 3, 6, 6, generator=g)
+    got = stego_loss(f, c, fk, ck, generator=G(9), **KNOBS)
+    g = G(9); pa, pb = random_points(4, 4, g), random_points(4, 4, g)
+    own = plain_loss(sample(f, pa), sample(f, pa), sample(c, pa), sample(c, pa), KNOBS['b_self'])
+    knn = plain_loss(sample(f, pa), sample(fk, pb), sample(c, pa), sample(ck, pb), KNOBS['b_knn'])
+    rand = 0
+    for _ in range(2):
+        p = random_partners(4, g)
+        rand += plain_loss(sample(f, pa), sample(f[p], pb), sample(c, pa), sample(c[p], pb), KNOBS['b_rand']) / 2
+    assert got['self'].item() == pytest.approx(own, abs=1e-6) and got['knn'].item() == pytest.approx(knn, abs=1e-6) and got['rand'].item() == pytest.approx(rand, abs=1e-6)
+    assert got['loss'].item() == pytest.approx(.67 * own + .25 * knn + .63 * rand, abs=1e-6)
+
+
+@pytest.mark.parametrize('block', [1, 7, 4096])
+def test_neighbours_equal_brute_force(block):
+    x = F.normalize(torch.randn(53, 8, generator=G()), dim=1)
+    got = nearest_images(x, 7, block=block)
+    cos = (x.double() @ x.double().T).fill_diagonal_(-2)
+    assert (got == cos.argsort(1, descending=True)[:, :7]).all()
+
+
+def test_neighbours_of_duplicates_never_hold_the_image_itself():
+    x = F.normalize(torch.randn(3, 4, generator=G()), dim=1).repeat_interleave(20, 0)
+    got = nearest_images(x, 7)
+    assert got.shape == (60, 7) and (got != torch.arange(60)[:, None]).all()
+    assert (got // 20 == torch.arange(60)[:, None] // 20).all()
+    with pytest.raises(ValueError, match='1 ... 59'): nearest_images(x, 60)
+
+
+def test_head_is_the_sum_of_its_branches_and_drops_channels():
+    head, x = Head(6, 4, dropout=.5), torch.randn(3, 6, 2, 5, generator=G())
+    w = {k: v.double() for k, v in head.state_dict().items()}
+    flat = x.double().permute(0, 2, 3, 1)
+    lin = lambda n, v: v @ w[f'{n}.weight'][:, :, 0, 0].T + w[f'{n}.bias']
+    want = lin('linear', flat) + lin('out', lin('hidden', flat).clamp(min=0))
+    assert torch.allclose(head(x)[1].double(), want.permute(0, 3, 1, 2), atol=1e-5)
+    feat = head(torch.ones(200, 6, 2, 2), G(3))[0]
+    assert set(feat.unique().tolist()) == {0., 2.} and (feat.amax((2, 3)) == feat.amin((2, 3))).all()   # whole channels, rescaled
+    assert abs((feat == 0).float().mean() - .5) < .05
+
+
+def test_probe_moves_the_clusters_alone():
+    code, clusters = torch.randn(2, 4, 3, 3, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    loss = probe_loss(code, clusters); loss.backward()
+    unit = lambda v: v / v.norm()
+    want = -np.mean([max(float(unit(code.detach()[b, :, y, x]) @ unit(k)) for k in clusters.detach()) for b in range(2) for y in range(3) for x in range(3)])
+    assert loss.item() == pytest.approx(want, abs=1e-6) and code.grad is None and clusters.grad.abs().sum() > 0
+
+
+def test_kmeans_reaches_a_fixed_point():
+    x = torch.randn(400, 6, generator=G()); k = spherical_kmeans(x, 5, seed=0, n_iter=200, n_starts=2)
+    u = F.normalize(x, dim=1); label = (u @ k.T).argmax(1)
+    for c in range(5): assert torch.allclose(F.normalize(u[label == c].mean(0), dim=0), k[c], atol=1e-3)
+    assert torch.equal(k, spherical_kmeans(x, 5, seed=0, n_iter=200, n_starts=2))
+    with pytest.raises(ValueError, match='5 clusters need 5'): spherical_kmeans(x[:4], 5, seed=0)
+
+
+@pytest.fixture
+def features(): return torch.randn(10, 5, 4, 4, generator=G(7)), torch.randint(1, 10, (10, 3), generator=G(8))
+
+
+def test_training_resumes_as_if_it_had_not_stopped(features, tmp_path, monkeypatch):
+    feats, neighbors = features
+    whole = fit_stego(feats, neighbors, folder=tmp_path/'a', checkpoint_every=100, **FIT)
+    step = stego._train_step
+    def killed(t, *args):
+        if t == 7: raise KeyboardInterrupt
+        return step(t, *args)
+    monkeypatch.setattr(stego, '_train_step', killed)
+    with pytest.raises(KeyboardInterrupt): fit_stego(feats, neighbors, folder=tmp_path/'b', checkpoint_every=3, **FIT)
+    seen = []
+    monkeypatch.setattr(stego, '_train_step', lambda t, *args: (seen.append(t), step(t, *args))[1])
+    resumed = fit_stego(feats, neighbors, folder=tmp_path/'b', checkpoint_every=3, **FIT)
+    assert seen == list(range(6, 12))
+    for (k, v), w in zip(whole.state_dict().items(), resumed.state_dict().values()): assert torch.equal(v, w), k
+    assert (tmp_path/'a'/'log.csv').read_bytes() == (tmp_path/'b'/'log.csv').read_bytes()
+    rows = list(csv.DictReader(open(tmp_path/'a'/'log.csv')))
+    assert [int(r['step']) for r in rows] == list(range(12)) and set(rows[0]) == {'step', 'loss', 'self', 'knn', 'rand', 'probe'}
+
+
+def test_other_settings_start_anew_and_seeds_matter(features, tmp_path):
+    a = fit_stego(*features, folder=tmp_path, **FIT)
+    b = fit_stego(*features, folder=tmp_path, **FIT | dict(seed=6))
+    c = fit_stego(*features, folder=tmp_path/'c', **FIT | dict(seed=6))
+    assert not torch.equal(a.clusters, b.clusters) and torch.equal(b.clusters, c.clusters)
+
+
+def test_training_does_not_touch_the_global_generator(features, tmp_path):
+    torch.manual_seed(3); want = torch.rand(2); torch.manual_seed(3)
+    fit_stego(*features, folder=tmp_path, **FIT)
+    assert torch.equal(torch.rand(2), want)
+
+
+def test_nan_stops_and_keeps_the_last_good_state(features, tmp_path, monkeypatch):
+    feats, neighbors = features; step = stego._train_step
+    monkeypatch.setattr(stego, '_train_step', lambda t, *args: step(t, *args) | (dict(loss=float('nan')) if t == 8 else {}))
+    with pytest.raises(RuntimeError, match='nan at step 8'): fit_stego(feats, neighbors, folder=tmp_path, checkpoint_every=4, **FIT)
+    assert torch.load(tmp_path/'checkpoint.pt', weights_only=True)['step'] == 8
+
+
+def test_epochs_cover_every_view():
+    for epoch in range(3): assert torch.cat([step_batch(epoch * 4 + t, 13, 3, seed=1) for t in range(4)]).unique().numel() == 12
+    assert step_batch(0, 3, 8, seed=0).sort().values.tolist() == [0, 1, 2]
+
+
+def test_training_learns_what_the_features_say(tmp_path):
+    truth = torch.arange(4).repeat(4).view(1, 1, 16).expand(12, 4, 16)[:, :, :]     # stripes of four classes
+    feats = torch.eye(6)[truth].permute(0, 3, 1, 2) + .2 * torch.randn(12, 6, 4, 16, generator=G())
+    neighbors = torch.stack([(torch.arange(12) + i) % 12 for i in (1, 2, 3)], 1)
+    lab = refit_probe(fit_stego(feats, neighbors, folder=tmp_path, **FIT | dict(n_steps=150, n_classes=4, n_points=6)), feats, seed=0)
+    found = lab.log_prob(lab.code(feats), 1.).argmax(1)
+    assert sum(torch.bincount(truth[found == c]).max().item() for c in found.unique()) / truth.numel() > .95
+    probe = linear_probe(lab, feats, truth, n_classes=4, seed=0, n_steps=60, lr=.05)
+    assert (probe(lab.code(feats)).argmax(1) == truth).float().mean() > .95
+    a, b = (linear_probe(lab, feats, t, n_classes=4, seed=0, n_steps=3).weight for t in (torch.where(truth == 1, 255, truth), torch.where(truth == 1, 255, truth)))
+    assert torch.equal(a, b)
+
+
+def extract(x): return torch.cat([F.avg_pool2d(x, 8), F.avg_pool2d(x.square(), 8)], 1)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    "Six pictures of three sizes, one of them broken."
+    sizes = [(40, 64), (40, 64), (33, 50), (64, 40), (24, 24), (40, 64)]
+    for i, (h, w) in enumerate(sizes):
+        rng = np.random.default_rng(i)
+        Image.fromarray(np.kron(rng.integers(0, 256, (4, 4, 3)), np.ones((h // 4 + 1, w // 4 + 1, 1)))[:h, :w].astype(np.uint8)).save(tmp_path/f'{i}.png')
+    (tmp_path/'4.png').write_bytes((tmp_path/'4.png').read_bytes()[:60])
+    return tmp_path, [dict(id=i + 1, file_name=f'{i}.png') for i in range(6)]
+
+
+def test_five_crops(pictures):
+    root, files = pictures
+    source = PatchFeatures(extract, root, files[:2], size=32, crops='five')
+    image = read_image(root/'1.png')
+    corners = [image[:20, :32], image[:20, 32:], image[20:, :32], image[20:, 32:], image[10:30, 16:48]]
+    assert len(source) == 10
+    for c, part in enumerate(corners): assert torch.equal(source.read(5 + c), normalize(to_tensor(training_view(part, 32))))
+    with pytest.raises(ValueError, match="'none' or 'five'"): PatchFeatures(extract, root, files, size=32, crops='ten')
+
+
+def test_cache_equals_live_and_broken_files_are_named(pictures):
+    root, files = pictures
+    make = lambda: PatchFeatures(extract, root, files, size=32, crops='five')
+    cache, pooled, skipped = gather_features(make(), max_gb=1, batch_size=4)
+    live, pooled2, skipped2 = gather_features(make(), max_gb=1e-9, batch_size=7)
+    assert isinstance(live, PatchFeatures) and cache.dtype == torch.float16 and len(cache) == len(live) == len(pooled) == 25
+    i = torch.tensor([0, 19, 20, 24])                                            # beyond the broken file
+    assert torch.allclose(cache[i].float(), live[i], atol=5e-3) and torch.allclose(pooled, pooled2, atol=1e-5)
+    assert [s['file_name'] for s in skipped] == [s['file_name'] for s in skipped2] == ['4.png']
+    assert torch.allclose(pooled.norm(dim=1), torch.ones(25))
+    with pytest.raises(ValueError, match='none of 1'): gather_features(PatchFeatures(extract, root, files[4:5], size=32), max_gb=1)
+
+
+@pytest.fixture
+def labeller(): return Labeller(Head(6, 4), torch.randn(5, 4, generator=G(4))).eval().requires_grad_(False)
+
+
+ARGS = dict(size=32, patch_size=8, alpha=2., flip=True, crf=None)
+
+
+def test_maps_do_not_depend_on_company(pictures, labeller):
+    root, files = pictures
+    images = [read_image(root/f['file_name']) for f in files if f['id'] != 5]
+    together = segment(labeller, extract, images, **ARGS)
+    for image, m in zip(images, together):
+        assert m.dtype == np.uint8 and m.shape == image.shape[:2]
+        assert (m != segment(labeller, extract, [image], **ARGS)[0]).mean() < .002
+
+
+def test_flip_and_temperature(pictures, labeller):
+    image = read_image(pictures[0]/'0.png')
+    m, back = segment(labeller, extract, [image], **ARGS)[0], segment(labeller, extract, [image[:, ::-1].copy()], **ARGS)[0][:, ::-1]
+    assert (m != back).mean() < .002
+    code = torch.randn(1, 4, 3, 3, generator=G())
+    p1, p2 = (pixel_probs(labeller, code, (3, 3), alpha=a)[0] for a in (1., 2.))
+    assert torch.allclose(p1.sum(0), torch.ones(3, 3)) and torch.allclose(p2, F.normalize(p1 ** 2, p=1, dim=0), atol=1e-6)   # temperature = power
+    u, k = F.normalize(code[0, :, 1, 2], dim=0), F.normalize(labeller.clusters, dim=1)
+    assert torch.allclose(p2[:, 1, 2], (2 * k @ u).softmax(0), atol=1e-6)
+
+
+def test_crf_follows_the_picture(labeller):
+    image = np.zeros((32, 32, 3), np.uint8)
+    for y in range(32): image[y, 10 + 6 * (y // 4 % 2):] = 255                   # teeth of 4 px that patches of 8 px cannot see
+    lab = Labeller(PcaHead(torch.zeros(6), torch.eye(6)[:3]), torch.tensor([[1., 1, 1], [-1., -1, -1]]))
+    crf = dict(n_iter=10, gauss_weight=3., gauss_sxy=1., bilateral_weight=4., bilateral_sxy=67., bilateral_srgb=3.)
+    rough, fine = (segment(lab, extract, [image], **ARGS | dict(crf=c))[0] for c in (None, crf))
+    want = (image[..., 0] == 0).astype(int)
+    assert (rough == want).mean() < .95 and (fine == want).mean() > .99
+
+
+def test_export_resumes_and_survives_the_pipelines_clearing(pictures, labeller, monkeypatch):
+    root, files = pictures; run = lambda: write_semantic(labeller, extract, root, files, root/'semantic', work_folder=root/'work', batch_size=2, **ARGS)
+    records, skipped = run()
+    assert [s['file_name'] for s in skipped] == ['4.png'] and [r['id'] for r in records] == [1, 2, 3, 4, 6]
+    want = {p.name: p.read_bytes() for p in (root/'semantic').iterdir()}
+    assert sorted(want) == [f'{i:012d}.png' for i in (1, 2, 3, 4, 6)]
+    for r in records:
+        m = read_semantic(root/'semantic'/f"{r['id']:012d}.png")
+        assert m.shape == read_image(root/files[r['id'] - 1]['file_name']).shape[:2] and m.max() < 5 and np.bincount(m.ravel(), minlength=5).tolist() == r['counts']
+    import shutil
+    shutil.rmtree(root/'semantic')
+    monkeypatch.setattr(stego, 'segment', lambda *a, **k: 1 / 0)                 # finished work is not done again
+    run()
+    assert want == {p.name: p.read_bytes() for p in (root/'semantic').iterdir()}
+    labeller.clusters += 1
+    with pytest.raises(ZeroDivisionError): run()                                 # but another labeller starts anew
+
+
+def test_collect_files_empties_its_target(tmp_path):
+    for d, n in (('a', 'x'), ('b', 'old')): (tmp_path/d).mkdir(); (tmp_path/d/n).write_text(d)
+    collect_files(tmp_path/'a', tmp_path/'b', ['x'])
+    assert [p.name for p in (tmp_path/'b').iterdir()] == ['x']
+
+
+def test_read_semantic_refuses(tmp_path):
+    Image.new('RGB', (3, 3)).save(tmp_path/'rgb.png'); (tmp_path/'text.png').write_text('no')
+    for name, why in (('rgb.png', '8-bit'), ('text.png', 'not a readable'), ('none.png', 'no such')):
+        with pytest.raises(ValueError, match=f'{name}.*{why}'): read_semantic(tmp_path/name)
+
+
+def test_saved_labellers_come_back(tmp_path, labeller):
+    x = torch.randn(2, 6, 5, 5, generator=G())
+    for lab in (labeller, fit_kmeans(x, n_classes=3, code_dim=4, smooth=3, seed=0)):
+        save_labeller(tmp_path/'head.safetensors', lab, dict(size=128, crf=None))
+        back, settings = load_labeller(tmp_path/'head.safetensors')
+        assert torch.equal(back.code(x), lab.code(x)) and torch.equal(back.clusters, lab.clusters) and settings == dict(size=128, crf=None)
+    (tmp_path/'no.safetensors').write_bytes(b'none')
+    with pytest.raises(ValueError, match='no.safetensors'): load_labeller(tmp_path/'no.safetensors')
+
+
+def test_kmeans_baseline_is_pca_and_smoothing():
+    x = torch.randn(8, 6, 5, 5, generator=G()) * torch.tensor([5., 4, 3, .1, .1, .1]).view(1, 6, 1, 1) + 2
+    lab = fit_kmeans(x, n_classes=3, code_dim=3, smooth=1, seed=0)
+    basis = lab.head.basis
+    assert torch.allclose(basis @ basis.T, torch.eye(3), atol=1e-5) and basis[:, 3:].abs().max() < .1
+    smooth = PcaHead(lab.head.mean, basis, smooth=3)(x)[1]
+    assert torch.allclose(smooth[:, :, 2, 2], lab.code(x)[:, :, 1:4, 1:4].mean((2, 3)), atol=1e-5)
+    assert torch.allclose(smooth[:, :, 0, 0], lab.code(x)[:, :, :2, :2].mean((2, 3)), atol=1e-5)
+    with pytest.raises(ValueError, match='odd'): PcaHead(lab.head.mean, basis, smooth=2)
+
+
+def release_names(code_dim=4):
+    g = G(); r = lambda *s: torch.randn(*s, generator=g)
+    return {'net.model.cls_token': r(1, 1, 6), 'net.cluster1.0.weight': r(code_dim, 6, 1, 1), 'net.cluster1.0.bias': r(code_dim), 'net.cluster2.0.weight': r(6, 6, 1, 1), 'net.cluster2.0.bias': r(6),
+            'net.cluster2.2.weight': r(code_dim, 6, 1, 1), 'net.cluster2.2.bias': r(code_dim), 'cluster_probe.clusters': r(27, code_dim), 'train_cluster_probe.clusters': r(27, code_dim),
+            'linear_probe.weight': r(27, code_dim, 1, 1), 'linear_probe.bias': r(27), 'decoder.weight': r(6, code_dim, 1, 1)}
+
+
+class FakeConfig:                                                                # pickles as omegaconf's class does: by reference, with a state of nested objects
+    def __init__(self, content): self.content = content
+    def __getstate__(self): return dict(_content=self.content, _metadata=dict(ref_type=__import__('typing').Any, element_type=dict))
+    def __setstate__(self, state): raise AssertionError('code of the checkpoint ran')
+
+
+def test_released_checkpoint(tmp_path, monkeypatch):
+    for name in ('omegaconf', 'omegaconf.dictconfig'): monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    FakeConfig.__module__, FakeConfig.__qualname__, FakeConfig.__name__ = 'omegaconf.dictconfig', 'DictConfig', 'DictConfig'
+    sys.modules['omegaconf.dictconfig'].DictConfig = FakeConfig
+    import collections
+    config = FakeConfig(collections.defaultdict(dict, dim=FakeConfig(4), names=[FakeConfig('a')]))
+    names = release_names()
+    torch.save({'state_dict': collections.OrderedDict(names), 'epoch': 3, 'pytorch-lightning_version': '1.4', 'callbacks': {FakeConfig: {'best': torch.tensor(1.)}},
+                'hyper_parameters': {'n_classes': 27, 'cfg': config}, 'optimizer_states': []}, tmp_path/'stego.ckpt')
+    for name in ('omegaconf', 'omegaconf.dictconfig'): monkeypatch.delitem(sys.modules, name)   # not installed where it is read
+    lab, probe = load_stego_checkpoint(tmp_path/'stego.ckpt')
+    assert lab.clusters.shape == (27, 4) and torch.equal(probe['weight'], names['linear_probe.weight'])
+    x = torch.randn(1, 6, 3, 3, generator=G(1))
+    conv = lambda v, n: F.conv2d(v, names[f'{n}.weight'], names[f'{n}.bias'])
+    want = conv(x, 'net.cluster1.0') + conv(F.relu(conv(x, 'net.cluster2.0')), 'net.cluster2.2')
+    assert torch.allclose(lab.code(x), want, atol=1e-5)
+
+
+@pytest.mark.parametrize('function,args', [(os.mkdir, 1), (eval, 2), (exec, 2)])
+def test_checkpoint_with_code_is_refused_and_nothing_runs(tmp_path, function, args):
+    mark = tmp_path/'ran'
+    class Harm:
+        def __reduce__(self): return function, (str(mark),) if args == 1 else (f"__import__('os').mkdir({str(mark)!r})",)
+    torch.save(dict(state_dict=release_names(), hyper_parameters=Harm()), tmp_path/'harm.ckpt')
+    with pytest.raises(ValueError, match=function.__name__): load_stego_checkpoint(tmp_path/'harm.ckpt')
+    assert not mark.exists()
+
+
+def test_checkpoint_that_is_none(tmp_path):
+    names = release_names(); del names['net.cluster2.0.weight']
+    torch.save(dict(state_dict=names), tmp_path/'half.ckpt')
+    with pytest.raises(ValueError, match='net.cluster2.0.weight is missing'): load_stego_checkpoint(tmp_path/'half.ckpt')
+    (tmp_path/'text.ckpt').write_text('no checkpoint')
+    with pytest.raises(ValueError, match='text.ckpt: not a checkpoint'): load_stego_checkpoint(tmp_path/'text.ckpt')
