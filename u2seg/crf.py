@@ -46,56 +46,52 @@ def _radix(H, W, sxy, srgb):
 @_compile
 def _elevate(pixels, y, scale, e, r, rank):
     "For a row uint8 [W, 3] at height `y`: the place in the simplex e float32 [6, W], the coordinates r int32 [6, W] of corner 0 in units of 6, and the rank of e."
-    W, sixth = len(pixels), np.float32(1/6)
+    n, W, sixth, half = len(e), len(pixels), np.float32(1/6), np.float32(.5)  # n = 6, left open: unrolled loops take seconds to compile
     above, total = np.zeros(W, np.float32), np.zeros(W, np.int32)
-    for j in range(5, -1, -1):                                    # onto the plane x0 + ... + x5 = 0
+    for j in range(n - 1, -1, -1):                                # onto the plane x0 + ... + x5 = 0
         ej, rj = e[j], r[j]
         for x in range(W):
             f = np.float32(0)
-            if j > 2: f = scale[j - 1]*pixels[x, j - 3]
-            elif j > 0: f = scale[j - 1]*(x if j == 1 else y)
-            v = (above[x] - j*f)*sixth
+            if j > 2: f = scale[j - 1]*np.float32(pixels[x, j - 3])
+            elif j > 0: f = scale[j - 1]*np.float32(x if j == 1 else y)
+            v = (above[x] - np.float32(j)*f)*sixth
             above[x] += f
-            near = math.floor(v + np.float32(.5))                 # the nearest multiple of 6
+            near = np.floor(v + half)                             # the nearest multiple of 6
             ej[x], rj[x] = v - near, near
-            total[x] += rj[x]
-    rank[:] = total
-    for j in range(6):
-        for k in range(j + 1, 6):
+            total[x] += np.int32(near)
+    for j in range(n):
+        for x in range(W): rank[j, x] = total[x]
+    for j in range(n):
+        for k in range(j + 1, n):
+            a, b, ra, rb = e[j], e[k], rank[j], rank[k]
             for x in range(W):
-                less = np.int32(e[j, x] < e[k, x])
-                rank[j, x] += less
-                rank[k, x] += 1 - less
-    for j in range(6):                                            # back onto the plane: move the `total` worst roundings
+                less = np.int32(a[x] < b[x])
+                ra[x] += less
+                rb[x] += 1 - less
+    for j in range(n):                                            # back onto the plane: move the `total` worst roundings
+        ej, rj, ra = e[j], r[j], rank[j]
         for x in range(W):
-            wrap = np.int32(rank[j, x] < 0) - np.int32(rank[j, x] > 5)
-            e[j, x] -= wrap
-            r[j, x] += wrap
-            rank[j, x] += 6*wrap
+            wrap = np.int32(ra[x] < 0) - np.int32(ra[x] > 5)
+            ej[x] -= wrap
+            rj[x] += wrap
+            ra[x] += 6*wrap
 
-# %% ../nbs/21_crf.ipynb #simplices
+# %% ../nbs/21_crf.ipynb #corners
 @_compile
-def _simplices(image, scale, radix):
-    "Key int64 [N, 6] and barycentric weight float32 [N, 6] of the corners around each pixel of uint8 [H, W, 3]."
-    H, W = image.shape[:2]
-    key, weight = np.empty((H*W, 6), np.int64), np.empty((H*W, 6), np.float32)
-    e, r, rank = np.empty((6, W), np.float32), np.empty((6, W), np.int32), np.empty((6, W), np.int32)
-    for y in range(H):
-        _elevate(image[y], y, scale, e, r, rank)
-        for x in range(W):
-            to_key, w, first = key[y*W + x], weight[y*W + x], 0
-            for j in range(6):
-                w[np.uint32(5 - rank[j, x])] = e[j, x]
-                to_key[np.uint32(5 - rank[j, x])] = radix[j]
-                first += r[j, x]*radix[j]
-            largest = w[5]
-            for k in range(5, 0, -1): w[k] -= w[k - 1]
-            w[0] += 1 - largest
-            for k in range(6): first, to_key[k] = first + 1 - to_key[k], first  # on to the next corner
+def _corners(e, r, rank, radix, weight, key):
+    "From a row of `_elevate`: barycentric weights float32 [W, 6] and keys int64 [W, 6] of the simplex's corners."
+    for x in range(len(key)):
+        w, c, first = weight[x], key[x], 0
+        for j in range(6):
+            k = np.uint32(5 - rank[j, x])
+            w[k], c[k] = e[j, x], radix[j]
+            first += r[j, x]*radix[j]
+        largest = w[5]
+        for k in range(5, 0, -1): w[k] -= w[k - 1]
+        w[0] += 1 - largest
+        for k in range(6): c[k], first = first, first + 1 - c[k]  # one step along one direction leads to the next corner
 
-    return key, weight
-
-# %% ../nbs/21_crf.ipynb #number
+# %% ../nbs/21_crf.ipynb #slot
 @_compile
 def _slot(table, points, key):
     "Where in the hash table int32 [2**p] of numbers of `points` the one of `key` stands, or may be put (-1)."
@@ -104,23 +100,33 @@ def _slot(table, points, key):
     while table[h] >= 0 and points[np.uint32(table[h])] != key: h = (h + np.uint64(1)) & mask
     return h
 
+# %% ../nbs/21_crf.ipynb #number
 @_compile
-def _number(key, W):
-    "Numbers int32 [N, 6] of the corners in order of appearance; the points' keys int64 [M]; the hash table."
+def _number(image, scale, radix):
+    "Of uint8 [H, W, 3]: corners int32 [N, 6], numbered as they appear; their weights float32 [N, 6]; the points' keys int64 [M]; the hash table."
+    H, W = image.shape[:2]
+    index, weight = np.empty((H, W, 6), np.int32), np.empty((H, W, 6), np.float32)
+    e, r, rank = np.empty((6, W), np.float32), np.empty((6, W), np.int32), np.empty((6, W), np.int32)
+    row, above = np.empty((W, 6), np.int64), np.empty((W, 6), np.int64)
     table, points, m = np.full(1 << 16, -1, np.int32), np.empty(1 << 15, np.int64), 0
-    index = np.empty(key.shape, np.int32)
-    for i in range(len(key)):
-        if m + 6 > len(points):                                   # half full: double
-            points, table = np.concatenate((points, points)), np.full(2*len(table), -1, np.int32)
-            for p in range(m): table[_slot(table, points, points[p])] = p
-        for k in range(6):
-            if i >= 1 and key[i - 1, k] == key[i, k]: index[i, k] = index[i - 1, k]      # most often the left pixel's
-            elif i >= W and key[i - W, k] == key[i, k]: index[i, k] = index[i - W, k]    # or the one's above
-            else:
-                s = _slot(table, points, key[i, k])
-                if table[s] < 0: table[s], points[m] = m, key[i, k]; m += 1
-                index[i, k] = table[s]
-    return index, points[:m], table
+    for y in range(H):
+        _elevate(image[y], y, scale, e, r, rank)
+        _corners(e, r, rank, radix, weight[y], row)
+        while m + 6*W > len(points):                              # half full: double
+            old, points, table = points, np.empty(2*len(points), np.int64), np.full(2*len(table), -1, np.int32)
+            for p in range(m):
+                points[p] = old[p]
+                table[_slot(table, points, points[p])] = p
+        for x in range(W):
+            for k in range(6):
+                if x >= 1 and row[x - 1, k] == row[x, k]: index[y, x, k] = index[y, x - 1, k]    # most often the left pixel's
+                elif y >= 1 and above[x, k] == row[x, k]: index[y, x, k] = index[y - 1, x, k]    # or the one's above
+                else:
+                    s = _slot(table, points, row[x, k])
+                    if table[s] < 0: table[s], points[m] = m, row[x, k]; m += 1
+                    index[y, x, k] = table[s]
+        row, above = above, row
+    return index.reshape(-1, 6), weight.reshape(-1, 6), points[:m], table
 
 # %% ../nbs/21_crf.ipynb #neighbours
 @_compile
@@ -144,35 +150,35 @@ def _filter(x, index, weight, up, down, out):
     for i in range(len(x)):
         for k in range(6): v[np.uint32(index[i, k])] += weight[i, k]*x[i]
     for j in range(6):
-        for i in range(m): t[i] = v[i] + half*(v[np.uint32(up[j, i])] + v[np.uint32(down[j, i])])
+        a, b = up[j], down[j]
+        for i in range(m): t[i] = v[i] + half*(v[np.uint32(a[i])] + v[np.uint32(b[i])])
         v, t = t, v
-    for i in range(len(x)):
+    for i in range(len(out)):
         s = np.float32(0)
         for k in range(6): s += weight[i, k]*v[np.uint32(index[i, k])]
         out[i] = s
 
 # %% ../nbs/21_crf.ipynb #gaussian
 @_compile
-def _gaussian(x, taps, out):
-    "Correlate float32 [H, W] with the symmetric `taps` [r+1] along both axes; outside is zero."
+def _add_taps(a, b, c, d, s, t, out):
+    "out += s (a + b) + t (c + d)."
+    for i in range(len(out)): out[i] += s*(a[i] + b[i]) + t*(c[i] + d[i])
+
+@_compile
+def _gaussian(x, n, taps, out):
+    "n G n x of float32 [H, W]: the symmetric `taps` [r+1], r even, along both axes; outside is zero."
     H, W = x.shape
     r = len(taps) - 1
-    padded = np.zeros(W + 2*r, np.float32)
+    inside, row = np.zeros((H + 2*r, W), np.float32), np.zeros(W + 2*r, np.float32)
     for y in range(H):
-        row, to = padded[r:r + W], out[y]
-        row[:] = taps[0]*x[y]
-        for t in range(1, r + 1):
-            tap = taps[t]
-            if y >= t and y + t < H:
-                a, b = x[y - t], x[y + t]
-                for i in range(W): row[i] += tap*(a[i] + b[i])
-            elif y >= t or y + t < H:
-                a = x[y - t] if y >= t else x[y + t]
-                for i in range(W): row[i] += tap*a[i]
-        to[:] = taps[0]*row
-        for t in range(1, r + 1):
-            tap, a, b = taps[t], padded[r - t:r - t + W], padded[r + t:r + t + W]
-            for i in range(W): to[i] += tap*(a[i] + b[i])
+        for i in range(W): inside[r + y, i] = n[y, i]*x[y, i]
+    for y in range(H):
+        down, across, ny = row[r:r + W], out[y], n[y]
+        for i in range(W): down[i] = taps[0]*inside[r + y, i]
+        for t in range(1, r, 2): _add_taps(inside[r + y - t], inside[r + y + t], inside[r + y - t - 1], inside[r + y + t + 1], taps[t], taps[t + 1], down)
+        for i in range(W): across[i] = taps[0]*down[i]
+        for t in range(1, r, 2): _add_taps(row[r - t:], row[r + t:], row[r - t - 1:], row[r + t + 1:], taps[t], taps[t + 1], across)
+        for i in range(W): across[i] *= ny[i]
 
 # %% ../nbs/21_crf.ipynb #lattice
 def lattice(image:Tensor,        # uint8 [H, W, 3]
@@ -184,18 +190,18 @@ def lattice(image:Tensor,        # uint8 [H, W, 3]
     H, W = image.shape[:2]
     radix, scale = _radix(H, W, sxy, srgb), (_SCALE/[sxy, sxy, srgb, srgb, srgb]).astype(np.float32)
     if not compiled: return _torch_lattice(image, torch.from_numpy(scale).to(image.device), torch.from_numpy(radix).to(image.device))
-    key, weight = _simplices(np.ascontiguousarray(image.numpy()), scale, radix)
-    index, points, table = _number(key, W)
+    index, weight, points, table = _number(np.ascontiguousarray(image.numpy()), scale, radix)
     return Lattice(*map(torch.from_numpy, (index, weight, *_neighbours(points, table, radix))))
 
 # %% ../nbs/21_crf.ipynb #torch_lattice
 def _torch_simplices(image, scale, radix):
-    "`_simplices` as torch operations."
+    "Keys int64 [N, 6] and weights [N, 6] of the corners: `_elevate` and `_corners` as torch operations."
     H, W = image.shape[:2]
     y, x = torch.meshgrid(torch.arange(H, device=image.device), torch.arange(W, device=image.device), indexing='ij')
     f = torch.cat([x[..., None], y[..., None], image], -1).flatten(0, 1).float()*scale             # [N, 5]
-    above = F.pad(f.flip(1).cumsum(1).flip(1), (0, 1))                                             # [N, 6]
-    e = (above - torch.arange(6, device=f.device)*F.pad(f, (1, 0)))/6
+    above = [torch.zeros_like(f[:, 0])]
+    for j in range(4, -1, -1): above.insert(0, above[0] + f[:, j])
+    e = (torch.stack(above, 1) - torch.arange(6, device=f.device)*F.pad(f, (1, 0)))*np.float32(1/6)
     r = (e + .5).floor()
     e, total = e - r, r.sum(1, keepdim=True).long()
     place = e.argsort(dim=1, descending=True, stable=True)
@@ -261,27 +267,35 @@ def _bilateral(image, weight, sxy, srgb, compiled, n_threads):
     return lambda q: run(q.flatten(1)).view(q.shape)
 
 # %% ../nbs/21_crf.ipynb #spatial
-def _spatial(image, weight, sxy, compiled, n_threads):
-    "Function q [c, H, W] -> weight n G n q for the kernel over place alone, an exact separable Gaussian cut at 4 deviations."
-    taps = torch.exp(-.5*(torch.arange(math.ceil(4*sxy) + 1, device=image.device)/sxy)**2)
-    def compiled_run(x):
-        out = torch.empty_like(x)
-        _each(n_threads, lambda a, b: _gaussian(a, taps.numpy(), b), x.numpy(), out.numpy())
+def _compiled_gaussian(taps, n, n_threads=1):
+    "Function q [c, H, W] -> n G n q: `_gaussian` for each channel."
+    def run(q):
+        out = torch.empty_like(q)
+        _each(n_threads, lambda a, b: _gaussian(a, n.numpy(), taps.numpy(), b), q.numpy(), out.numpy())
         return out
-    def torch_run(x):
-        k, r = torch.cat([taps.flip(0), taps[1:]]), len(taps) - 1
-        return F.conv2d(F.conv2d(x[:, None], k.view(1, 1, -1, 1), padding=(r, 0)), k.view(1, 1, 1, -1), padding=(0, r))[:, 0]
-    run = compiled_run if compiled else torch_run
-    n = run(torch.ones(1, *image.shape[:2], device=image.device)).rsqrt()*weight**.5
-    return lambda q: n*run(q*n)
+    return run
+
+def _torch_gaussian(taps, n):
+    "Function q [c, H, W] -> n G n q: `_gaussian` as torch operations."
+    k, r = torch.cat([taps.flip(0), taps[1:]]), len(taps) - 1
+    return lambda q: n*F.conv2d(F.conv2d((n*q)[:, None], k.view(1, 1, -1, 1), padding=(r, 0)), k.view(1, 1, 1, -1), padding=(0, r))[:, 0]
+
+def _spatial(image, weight, sxy, compiled, n_threads):
+    "Function q [c, H, W] -> weight n G n q for the kernel over place alone: a Gaussian cut at 4 deviations, no lattice."
+    make = partial(_compiled_gaussian, n_threads=n_threads) if compiled else _torch_gaussian
+    taps = torch.exp(-.5*(torch.arange(2*math.ceil(2*sxy) + 1, device=image.device)/sxy)**2)
+    ones = torch.ones(1, *image.shape[:2], device=image.device)
+    return make(taps, make(taps, ones[0])(ones)[0].rsqrt()*weight**.5)
 
 # %% ../nbs/21_crf.ipynb #check
+def _tensor(a): return torch.from_numpy(np.require(a, requirements=['C', 'W'])) if isinstance(a, np.ndarray) else a
+
 def _prepare(image, prob, n_iter, gauss_weight, gauss_sxy, bilateral_weight, bilateral_sxy, bilateral_srgb, compiled, n_threads):
-    "Check the arguments; the picture, the probabilities float32, and the function q -> messages."
-    image, prob = torch.as_tensor(image), torch.as_tensor(prob)
+    "Check the arguments; the picture, the probabilities float32, and a function q -> message for each kernel."
+    image, prob = _tensor(image), _tensor(prob)
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape: raise ValueError(f'image must be uint8 [H, W, 3], got {str(image.dtype)[6:]} {list(image.shape)}')
     if prob.ndim != 3 or prob.shape[1:] != image.shape[:2]: raise ValueError(f'prob must be [c, {image.shape[0]}, {image.shape[1]}] to fit the image, got {list(prob.shape)}')
-    prob = prob.float()
+    prob = prob.detach().float().contiguous()
     if not (torch.isfinite(prob).all() and (prob >= 0).all()): raise ValueError('prob must hold no NaN, infinite or negative value')
     for name, v in dict(gauss_sxy=gauss_sxy, bilateral_sxy=bilateral_sxy, bilateral_srgb=bilateral_srgb).items():
         if not 0 < v < math.inf: raise ValueError(f'{name} must be positive, got {v}')
@@ -292,7 +306,12 @@ def _prepare(image, prob, n_iter, gauss_weight, gauss_sxy, bilateral_weight, bil
     kernels = []
     if gauss_weight: kernels.append(_spatial(image, gauss_weight, gauss_sxy, compiled, n_threads))
     if bilateral_weight: kernels.append(_bilateral(image, bilateral_weight, bilateral_sxy, bilateral_srgb, compiled, n_threads))
-    return prob, lambda q: sum((k(q) for k in kernels), torch.zeros(()).to(q))
+    return prob, kernels
+
+def _add(z, kernels, q, factor=1):
+    "z plus `factor` times the messages of all kernels, in a new tensor."
+    for kernel in kernels: z = torch.add(z, kernel(q), alpha=factor)
+    return z
 
 # %% ../nbs/21_crf.ipynb #dense_crf
 def dense_crf(image:np.ndarray|Tensor,   # uint8 [H, W, 3]
@@ -304,10 +323,10 @@ def dense_crf(image:np.ndarray|Tensor,   # uint8 [H, W, 3]
               n_threads:int=1,           # of the compiled loops; labels run side by side
               )->np.ndarray|Tensor:      # float32 [c, H, W], sums to 1 over c; of the kind of `prob`
     "Mean field of the fully connected CRF with Potts labels (Kraehenbuehl and Koltun, 2011)."
-    p, messages = _prepare(image, prob, n_iter, gauss_weight, gauss_sxy, bilateral_weight, bilateral_sxy, bilateral_srgb, compiled, n_threads)
+    p, kernels = _prepare(image, prob, n_iter, gauss_weight, gauss_sxy, bilateral_weight, bilateral_sxy, bilateral_srgb, compiled, n_threads)
     log_p = p.clamp(1e-5, 1).log()
     q = log_p.softmax(0)
-    for _ in range(n_iter): q = (log_p + messages(q)).softmax(0)
+    for _ in range(n_iter): q = _add(log_p, kernels, q).softmax(0)
     return q.numpy() if isinstance(prob, np.ndarray) else q
 
 # %% ../nbs/21_crf.ipynb #binary_crf
@@ -317,10 +336,10 @@ def binary_crf(image:np.ndarray|Tensor,  # uint8 [H, W, 3]
                compiled:bool|None=None, n_threads:int=1, # as in `dense_crf`
                )->np.ndarray|Tensor:     # float32 [m, H, W], foreground
     "`dense_crf` of (1 - prob, prob) for every mask: one lattice for all, one channel a mask."
-    p, messages = _prepare(image, prob, n_iter, gauss_weight, gauss_sxy, bilateral_weight, bilateral_sxy, bilateral_srgb, compiled, n_threads)
+    p, kernels = _prepare(image, prob, n_iter, gauss_weight, gauss_sxy, bilateral_weight, bilateral_sxy, bilateral_srgb, compiled, n_threads)
     odds = p.clamp(1e-5, 1).log() - (1 - p).clamp(1e-5, 1).log()
-    q, odds = odds.sigmoid(), odds - messages(torch.ones_like(p[:1]))
-    for _ in range(n_iter): q = torch.sigmoid(odds + 2*messages(q))
+    q, odds = odds.sigmoid(), _add(odds, kernels, torch.ones_like(p[:1]), -1)
+    for _ in range(n_iter): q = _add(odds, kernels, q, 2).sigmoid()
     return q.numpy() if isinstance(prob, np.ndarray) else q
 
 # %% ../nbs/21_crf.ipynb #refine_masks
@@ -330,8 +349,8 @@ def refine_masks(image:np.ndarray|Tensor, # uint8 [H, W, 3]
                  )->np.ndarray|Tensor:    # bool [m, H, W]
     "MaskCut's CRF on all masks of a picture (CutLER, maskcut/crf.py)."
     soft = 1/(1 + math.exp(-1))                                   # the softmax of (0, 1): .731, not 1
-    prob = torch.where(torch.as_tensor(masks) > 0, soft, 1 - soft)
-    out = binary_crf(torch.as_tensor(image), prob, **MASKCUT, compiled=compiled, n_threads=n_threads) > .5
+    prob = torch.where(_tensor(masks) > 0, soft, 1 - soft)
+    out = binary_crf(_tensor(image), prob, **MASKCUT, compiled=compiled, n_threads=n_threads) > .5
     return out.numpy() if isinstance(masks, np.ndarray) else out
 
 def refine_mask(image:np.ndarray|Tensor, # uint8 [H, W, 3]
