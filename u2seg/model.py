@@ -334,11 +334,11 @@ def region_levels(boxes:Tensor, levels:list[int], *, canonical_size:int, canonic
 
 # %% ../nbs/30_model.ipynb #taps
 @njit(cache=True)
-def _taps(low, high, bins, size, ratio):
+def _taps(low, high, bins, size, ratio, dtype):
     "For each of the bins of [low, high): which cells of an axis it averages, their weights, how many."
     step = (high - low) / bins
     n = ratio if ratio > 0 else int(np.ceil(step))
-    cell, weight, count = np.zeros((bins, 2 * n), np.int64), np.zeros((bins, 2 * n), np.float32), np.zeros(bins, np.int64)
+    cell, weight, count = np.zeros((bins, 2 * n), np.int64), np.zeros((bins, 2 * n), dtype), np.zeros(bins, np.int64)
     for i in range(bins):
         for k in range(n):
             at = low + i * step + (k + .5) * step / n
@@ -357,8 +357,8 @@ def _taps(low, high, bins, size, ratio):
 def _pool(start, stop, x, boxes, image, rows, ratio, out): # [b, h, w, c], [n, 4] in cells, [n], [n] -> out[rows] [size, size, c]
     for r in range(start, stop):
         f, o = x[image[r]], out[rows[r]]
-        y_cell, y_weight, y_count = _taps(boxes[r, 1], boxes[r, 3], o.shape[0], f.shape[0], ratio)
-        x_cell, x_weight, x_count = _taps(boxes[r, 0], boxes[r, 2], o.shape[1], f.shape[1], ratio)
+        y_cell, y_weight, y_count = _taps(boxes[r, 1], boxes[r, 3], o.shape[0], f.shape[0], ratio, boxes.dtype)
+        x_cell, x_weight, x_count = _taps(boxes[r, 0], boxes[r, 2], o.shape[1], f.shape[1], ratio, boxes.dtype)
         for i in range(o.shape[0]):
             for j in range(o.shape[1]):
                 to = o[i, j]
@@ -376,8 +376,8 @@ def _unpool(start, stop, grad, boxes, image, rows, ratio, out, chunk): # the tra
         for r in range(len(rows)):
             if image[r] != task // n_chunks: continue
             g = grad[rows[r], :, :, task % n_chunks * chunk:(task % n_chunks + 1) * chunk]
-            y_cell, y_weight, y_count = _taps(boxes[r, 1], boxes[r, 3], g.shape[0], f.shape[0], ratio)
-            x_cell, x_weight, x_count = _taps(boxes[r, 0], boxes[r, 2], g.shape[1], f.shape[1], ratio)
+            y_cell, y_weight, y_count = _taps(boxes[r, 1], boxes[r, 3], g.shape[0], f.shape[0], ratio, boxes.dtype)
+            x_cell, x_weight, x_count = _taps(boxes[r, 0], boxes[r, 2], g.shape[1], f.shape[1], ratio, boxes.dtype)
             for i in range(g.shape[0]):
                 for j in range(g.shape[1]):
                     of = g[i, j]
@@ -402,23 +402,25 @@ class _RegionAlign(torch.autograd.Function):
     "RoIAlign over all levels at once, on CPU: features [b, c, h, w] a level -> [r, c, size, size]."
     @staticmethod
     def forward(ctx, boxes, image, level, scales, size, ratio, *features):
-        out = torch.zeros(len(boxes), size, size, features[0].shape[1])
+        dtype = torch.promote_types(features[0].dtype, torch.float)      # bf16 is computed in float32
+        out = torch.zeros(len(boxes), size, size, features[0].shape[1], dtype=dtype)
         ctx.parts, ctx.ratio, ctx.shapes = [], ratio, []
         for l, (x, scale) in enumerate(zip(features, scales)):
             rows = (level == l).nonzero()[:, 0]
-            ctx.parts.append(((boxes[rows].float() * scale - .5).numpy(), image[rows].numpy(), rows.numpy()))
-            x = x.detach().float().permute(0, 2, 3, 1).contiguous()
+            ctx.parts.append(((boxes[rows].to(dtype) * scale - .5).numpy(), image[rows].numpy(), rows.numpy()))
+            x = x.detach().to(dtype).permute(0, 2, 3, 1).contiguous()
             ctx.shapes.append(x.shape)
             _spread(_pool, len(rows), x.numpy(), *ctx.parts[-1], ratio, out.numpy())
-        return out.permute(0, 3, 1, 2)
+        return out.permute(0, 3, 1, 2).to(features[0].dtype)
 
     @staticmethod
     def backward(ctx, grad):
-        grad, out = grad.float().permute(0, 2, 3, 1).contiguous(), []
+        dtype, out = grad.dtype, []
+        grad = grad.to(torch.promote_types(dtype, torch.float)).permute(0, 2, 3, 1).contiguous()
         for part, shape in zip(ctx.parts, ctx.shapes):
-            out.append(torch.zeros(shape))
+            out.append(torch.zeros(shape, dtype=grad.dtype))
             _spread(_unpool, shape[0] * -(-shape[3] // 64), grad.numpy(), *part, ctx.ratio, out[-1].numpy(), 64)
-        return None, None, None, None, None, None, *(o.permute(0, 3, 1, 2) for o in out)
+        return None, None, None, None, None, None, *(o.permute(0, 3, 1, 2).to(dtype) for o in out)
 
 # %% ../nbs/30_model.ipynb #Pooler
 class Pooler(nn.Module):
@@ -673,7 +675,7 @@ class PanopticRCNN(nn.Module):
     def batch(self, images): # -> [b, 3, H, W], sides multiples of the coarsest trunk stride; sizes
         sizes, d = [tuple(x.shape[-2:]) for x in images], self.backbone.strides[-2]
         H, W = (-(-max(s[i] for s in sizes) // d) * d for i in (0, 1))
-        out = torch.zeros(len(images), 3, H, W, device=self.pixel_mean.device).to(memory_format=torch.channels_last)
+        out = self.pixel_mean.new_zeros(len(images), 3, H, W).to(memory_format=torch.channels_last)
         for o, x, (h, w) in zip(out, images, sizes): o[:, :h, :w] = (x.to(o) - self.pixel_mean) / self.pixel_std
         return out, sizes
 

@@ -1,0 +1,186 @@
+"Equal weights give equal outputs and losses in detectron2. Skipped where detectron2 is not installed."
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip('detectron2', reason='detectron2 is not installed: parity with it is not checked here')
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model as build_detectron2
+from detectron2.modeling.meta_arch.panoptic_fpn import combine_semantic_and_instance_outputs
+from detectron2.modeling.postprocessing import detector_postprocess, sem_seg_postprocess
+from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.utils.events import EventStorage
+import detectron2.modeling.proposal_generator.proposal_utils as d2_proposals
+import detectron2.modeling.proposal_generator.rpn as d2_rpn
+import detectron2.modeling.roi_heads.roi_heads as d2_roi_heads
+
+import u2seg.model as ours
+from u2seg.images import read_image
+
+photos = Path(os.environ.get('U2SEG_SHARED_DATA', Path(__file__).resolve().parents[2]/'shared'/'data'))
+SMALL = dict(depth=18, norm='BN', fpn_norm='BN', n_things=6, n_stuff=4, fpn_channels=32, fc_dim=64, mask_dim=32, sem_dim=64, roi_batch=64, rpn_pre_train=300,
+             rpn_pre_test=200, rpn_post_train=300, rpn_post_test=100, panoptic_area=200, panoptic_score=.2, min_size=160, max_size=320)
+
+def detectron2_config(c):
+    "detectron2's configuration for our flat one (its stem and its two box layers are fixed)."
+    cfg = get_cfg()
+    m = cfg.MODEL
+    m.DEVICE, m.META_ARCHITECTURE, m.WEIGHTS = 'cpu', 'PanopticFPN', ''
+    m.PIXEL_MEAN, m.PIXEL_STD, cfg.INPUT.FORMAT, m.MASK_ON = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375], 'RGB', True
+    m.BACKBONE.NAME, m.BACKBONE.FREEZE_AT = 'build_resnet_fpn_backbone', 0
+    m.RESNETS.DEPTH, m.RESNETS.OUT_FEATURES, m.RESNETS.NORM, m.RESNETS.STRIDE_IN_1X1 = c['depth'], ['res2', 'res3', 'res4', 'res5'], c['norm'], False
+    m.RESNETS.STEM_OUT_CHANNELS, m.RESNETS.RES2_OUT_CHANNELS = c['width'], c['width'] * (4 if c['depth'] >= 50 else 1)
+    m.FPN.IN_FEATURES, m.FPN.OUT_CHANNELS, m.FPN.NORM = ['res2', 'res3', 'res4', 'res5'], c['fpn_channels'], c['fpn_norm']
+    m.ANCHOR_GENERATOR.SIZES, m.ANCHOR_GENERATOR.ASPECT_RATIOS = [[s] for s in c['anchor_sizes']], [list(c['anchor_ratios'])]
+    r = m.RPN
+    r.IN_FEATURES, r.CONV_DIMS = ['p2', 'p3', 'p4', 'p5', 'p6'], [-1]
+    r.IOU_THRESHOLDS, r.BATCH_SIZE_PER_IMAGE, r.POSITIVE_FRACTION, r.NMS_THRESH = list(c['rpn_iou']), c['rpn_batch'], c['rpn_positive'], c['rpn_nms']
+    r.PRE_NMS_TOPK_TRAIN, r.PRE_NMS_TOPK_TEST, r.POST_NMS_TOPK_TRAIN, r.POST_NMS_TOPK_TEST = (c[f'rpn_{k}'] for k in ('pre_train', 'pre_test', 'post_train', 'post_test'))
+    h = m.ROI_HEADS
+    h.NAME, h.IN_FEATURES, h.NUM_CLASSES, h.BATCH_SIZE_PER_IMAGE, h.POSITIVE_FRACTION = 'CascadeROIHeads', ['p2', 'p3', 'p4', 'p5'], c['n_things'], c['roi_batch'], c['roi_positive']
+    h.SCORE_THRESH_TEST, h.NMS_THRESH_TEST, cfg.TEST.DETECTIONS_PER_IMAGE, h.IOU_THRESHOLDS = c['score_threshold'], c['nms'], c['max_detections'], [c['cascade_ious'][0]]
+    b = m.ROI_BOX_HEAD
+    b.NAME, b.NUM_FC, b.FC_DIM, b.POOLER_RESOLUTION, b.POOLER_SAMPLING_RATIO, b.CLS_AGNOSTIC_BBOX_REG = 'FastRCNNConvFCHead', 2, c['fc_dim'], c['box_pool'], c['sampling_ratio'], True
+    m.ROI_BOX_CASCADE_HEAD.IOUS, m.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS = list(c['cascade_ious']), [list(w) for w in c['cascade_weights']]
+    k = m.ROI_MASK_HEAD
+    k.NAME, k.NUM_CONV, k.CONV_DIM, k.POOLER_RESOLUTION, k.POOLER_SAMPLING_RATIO = 'MaskRCNNConvUpsampleHead', c['n_mask_convs'], c['mask_dim'], c['mask_pool'], c['sampling_ratio']
+    s = m.SEM_SEG_HEAD
+    s.NUM_CLASSES, s.CONVS_DIM, s.LOSS_WEIGHT, s.NORM, s.IGNORE_VALUE = c['n_stuff'] + 1, c['sem_dim'], c['sem_weight'], 'GN', 255
+    p = m.PANOPTIC_FPN.COMBINE
+    p.INSTANCES_CONFIDENCE_THRESH, p.OVERLAP_THRESH, p.STUFF_AREA_LIMIT = c['panoptic_score'], c['panoptic_overlap'], c['panoptic_area']
+    return cfg
+
+def pair(config, seed=0):
+    "Our model and detectron2's with one lively random state: spread logits, deltas, statistics."
+    torch.manual_seed(seed)
+    mine = ours.build_model(config)
+    for k, v in mine.state_dict().items():
+        if k.endswith('running_mean'): v.normal_(std=.05)
+        elif k.endswith('running_var'): v.uniform_(.8, 1.2)
+        elif '.norm.weight' in k: v.uniform_(.5, 1.)
+        elif 'cls_score.weight' in k: v.normal_(std=.4)
+        elif 'objectness_logits.weight' in k or 'predictor' in k and k.endswith('weight') and 'bbox' not in k: v.normal_(std=.05)
+        elif 'anchor_deltas.weight' in k or 'bbox_pred.weight' in k: v.normal_(std=.01)
+        elif k.endswith('.bias'): v.normal_(std=.02)
+    theirs = build_detectron2(detectron2_config(mine.config))
+    told = theirs.load_state_dict(mine.state_dict(), strict=True)       # names and shapes are equal
+    return mine, theirs
+
+def scenes(n, config, seed=0):
+    "Photos, shrunk, with random rectangles as labels."
+    files = sorted(p for p in photos.rglob('*.jpg'))[:n]
+    if not files: pytest.skip(f'no pictures in {photos}')
+    rng, images, targets = np.random.default_rng(seed), [], []
+    for f in files:
+        x = torch.from_numpy(read_image(f).transpose(2, 0, 1).copy())[None].float()
+        scale = min(config['min_size'] / min(x.shape[2:]), config['max_size'] / max(x.shape[2:]))
+        x = torch.nn.functional.interpolate(x, scale_factor=scale, mode='bilinear', antialias=True)[0].round()
+        h, w = x.shape[1:]
+        masks = torch.zeros(4, h, w, dtype=torch.bool)
+        for m in masks:
+            y, x0, a, b = int(rng.integers(0, h - 20)), int(rng.integers(0, w - 20)), int(rng.integers(8, h // 2)), int(rng.integers(8, w // 2))
+            m[y:y + a, x0:x0 + b] = True
+        boxes = torch.stack([torch.stack([m.any(0).nonzero()[0, 0], m.any(1).nonzero()[0, 0], m.any(0).nonzero()[-1, 0] + 1, m.any(1).nonzero()[-1, 0] + 1]) for m in masks]).float()
+        sem = torch.from_numpy(rng.integers(0, config['n_stuff'] + 1, (h // 8 + 1, w // 8 + 1))).repeat_interleave(8, 0).repeat_interleave(8, 1)[:h, :w].clone()
+        sem[:8] = 255
+        images.append(x); targets.append(dict(boxes=boxes, labels=torch.from_numpy(rng.integers(0, config['n_things'], 4)), masks=masks, sem=sem))
+    return images, targets
+
+def as_detectron2(images, targets=None):
+    out = []
+    for i, x in enumerate(images):
+        d = dict(image=x, height=x.shape[1], width=x.shape[2])
+        if targets:
+            t = targets[i]
+            d['instances'] = Instances(tuple(x.shape[1:]), gt_boxes=Boxes(t['boxes']), gt_classes=t['labels'], gt_masks=BitMasks(t['masks']))
+            d['sem_seg'] = t['sem']
+        out.append(d)
+    return out
+
+def close(a, b, what, tol=1e-4):
+    assert a.shape == b.shape, f'{what}: {a.shape}, {b.shape}'
+    worst = (a - b).abs().max().item() if a.numel() else 0.
+    assert worst <= tol, f'{what}: largest difference {worst}'
+
+def compare_proposals(p, q):
+    "Two near-equal scores may change places, and a box at the limit of NMS may come or go."
+    same = (ours.box_iou(p, q) > .999)
+    assert same.any(1).float().mean() > .97 and same.any(0).float().mean() > .97, f'{same.any(1).float().mean():.3f} of the proposals are equal'
+
+def compare_inference(mine, theirs, images):
+    mine.eval(); theirs.eval(); seen = set()
+    with torch.inference_mode():
+        for x in images:
+            batch, shapes = mine.batch([x])
+            d = as_detectron2([x])
+            image_list = theirs.preprocess_image(d)
+            close(batch, image_list.tensor, 'normalised pixels', 1e-5)
+            f, g = mine.backbone(batch), theirs.backbone(image_list.tensor)
+            for l, (a, b) in enumerate(zip(f, g.values())): close(a, b, f'feature level {l}')
+            p, (q, _) = mine.proposal_generator(f, shapes, None)[0], theirs.proposal_generator(image_list, g)
+            compare_proposals(p[0], q[0].proposal_boxes.tensor)
+            logits, (sem, _) = mine.sem_seg_head(f), theirs.sem_seg_head(g)
+            close(logits, theirs.sem_seg_head.layers(g), 'semantic logits')
+            detections = mine.roi_heads.detect(f, [q[0].proposal_boxes.tensor], shapes)      # the same proposals from here on
+            a = mine.results(detections, logits, shapes, shapes)[0]
+            b = postprocess(theirs, theirs.roi_heads(image_list, g, q)[0], sem, d[0], image_list)
+            seen |= compare_results(a, b, mine.config)
+    assert seen == {True, False}, f'the panoptic maps show too little: {seen}'
+
+def postprocess(theirs, instances, sem, d, image_list):
+    "The last lines of detectron2's PanopticFPN.inference."
+    size, out = image_list.image_sizes[0], {}
+    out['sem_seg'] = sem_seg_postprocess(sem[0], size, d['height'], d['width'])
+    out['instances'] = detector_postprocess(instances[0], d['height'], d['width'])
+    out['panoptic_seg'] = combine_semantic_and_instance_outputs(out['instances'], out['sem_seg'].argmax(0), theirs.combine_overlap_thresh,
+                                                                theirs.combine_stuff_area_thresh, theirs.combine_instances_score_thresh)
+    return out
+
+def compare_results(a, b, config):
+    i = b['instances']
+    assert len(a['labels']) == len(i) > 3
+    assert (a['labels'] == i.pred_classes).all()
+    close(a['boxes'], i.pred_boxes.tensor, 'boxes', 1e-3); close(a['scores'], i.scores, 'scores')      # pixels; probabilities
+    assert (a['masks'] != i.pred_masks).float().mean() < 1e-5
+    close(a['sem_logits'], b['sem_seg'], 'semantic logits, full size')
+    ids, segments = b['panoptic_seg']
+    assert (a['panoptic'][0] != ids).float().mean() < 1e-4
+    assert [s['category_id'] for s in a['panoptic'][1]] == [s['category_id'] + (1 if s['isthing'] else config['n_things']) for s in segments]
+    return {s['isthing'] for s in segments}
+
+def first_ones(monkeypatch):
+    "Both engines sample the first candidates in order."
+    def subsample(labels, num_samples, positive_fraction, bg_label):
+        p, n = ((labels != -1) & (labels != bg_label)).nonzero()[:, 0], (labels == bg_label).nonzero()[:, 0]
+        k = min(len(p), int(num_samples * positive_fraction))
+        return p[:k], n[:num_samples - k]
+    monkeypatch.setattr(d2_rpn, 'subsample_labels', subsample); monkeypatch.setattr(d2_roi_heads, 'subsample_labels', subsample)
+    nms = d2_proposals.batched_nms
+    monkeypatch.setattr(d2_proposals, 'batched_nms', lambda boxes, scores, *rest: nms(boxes, scores.float(), *rest))     # for double precision
+    monkeypatch.setattr(ours, 'random_keys', lambda n, seed, device: torch.arange(n, dtype=torch.float))
+
+def compare_training(mine, theirs, images, targets):
+    mine.train(); theirs.train()
+    a = mine(images, targets)
+    with EventStorage(): b = theirs(as_detectron2(images, targets))
+    assert set(a) == set(b)
+    for k in b: close(a[k].detach(), b[k].detach(), k)
+    mine.zero_grad(); theirs.zero_grad()
+    sum(a.values()).backward(); sum(b.values()).backward()
+    g = dict(theirs.named_parameters())
+    for k, p in mine.named_parameters():
+        assert (p.grad - g[k].grad).norm() <= 1e-3 * g[k].grad.norm() + 1e-6, f'gradient of {k}'
+
+def test_small_inference():
+    mine, theirs = pair(SMALL)
+    compare_inference(mine, theirs, scenes(6, mine.config)[0])
+
+@pytest.mark.parametrize('norm', ['FrozenBN', 'BN', 'GN'])
+def test_small_training(monkeypatch, norm):
+    first_ones(monkeypatch)
+    mine, theirs = pair(dict(SMALL, norm=norm, fpn_norm='' if norm == 'FrozenBN' else norm))
+    images, targets = scenes(3, mine.config)
+    compare_training(mine.double(), theirs.double(), images, targets)  # in single precision the gradients of BatchNorm over few pixels are noise of 5%, in either engine
