@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PASTES', 'NORMS', 'FAST', 'AMP', 'CLASS_LAYERS', 'PseudoLabels', 'epoch_batches', 'Batches', 'lr_factor',
-           'parameter_groups', 'clip_gradients', 'precise_bn', 'fit', 'launch', 'load_initial', 'detect', 'predict',
-           'self_training_labels']
+           'parameter_groups', 'clip_gradients', 'precise_bn', 'write_log', 'fit', 'device', 'launch', 'load_initial',
+           'detect', 'predict', 'self_training_labels']
 
 # %% ../nbs/32_train.ipynb #imports
 import csv, functools, hashlib, io, math, os, signal, tempfile, threading
@@ -234,7 +234,8 @@ def _load(path, key):
     if state['key'] == key: return state
     os.replace(path, path.with_name('checkpoint.previous.pt'))      # of another recipe: kept, not continued
 
-def _write_log(path, rows):
+def write_log(path:str|Path, rows:list[dict]):
+    "Write the log as CSV."
     out = io.StringIO(newline='')
     writer = csv.DictWriter(out, list(rows[0]), lineterminator='\n'); writer.writeheader(); writer.writerows(rows)
     write_atomic(path, out.getvalue().encode())
@@ -383,7 +384,7 @@ def _iterate(run, share, at, asked, *, folder, key, n_iters, lr, clip, clip_valu
             run.note(i, lr * at(i), losses, i + 1 == n_iters or (i + 1) % log_every == 0)
             if first and (signalled or i + 1 == n_iters or (i + 1) % checkpoint_every == 0):
                 _save(folder/'checkpoint.pt', dict(run.state(), key=key, finished=False))
-                if run.rows: _write_log(folder/'log.csv', run.rows)
+                if run.rows: write_log(folder/'log.csv', run.rows)
             bar.update(); bar.set_postfix(loss=f'{sum(losses.values()):.3f}', refresh=False)
             if signalled: _leave(signalled)
 
@@ -414,12 +415,16 @@ def _settle_bn(run, share, n_iters, n):
             dist.all_reduce(b); b /= share.world
 
 # %% ../nbs/32_train.ipynb #launch
+def device()->torch.device:
+    "This process' GPU, else the CPU."
+    return torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0))) if torch.cuda.is_available() else torch.device('cpu')
+
 def launch(work:Callable, # picklable, e.g. a `functools.partial` of `fit` or `detect`
-           n_procs:int,   # 1: just call it
+           n_procs:int,   # 1, or a GPU: just call it
            ):             # what `work()` returns in this process
     "Run `work` in n processes of one group, then here; under torchrun, which has started them already, just run it."
     if n_procs < 1: raise ValueError(f'n_procs must be at least 1, got {n_procs}')
-    if n_procs == 1 or 'WORLD_SIZE' in os.environ: return work()
+    if n_procs == 1 or 'WORLD_SIZE' in os.environ or torch.cuda.is_available(): return work()
     with tempfile.TemporaryDirectory() as folder, _asked_to_stop() as asked:
         threads = max(torch.get_num_threads() // n_procs, 1)
         group = torch.multiprocessing.start_processes(_member, (n_procs, folder, threads, work), n_procs, join=False, start_method='spawn')

@@ -1,0 +1,118 @@
+"Few-shot: subsets, true labels as targets, resumable runs."
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from u2seg import fewshot
+from u2seg.evaluate import read_truth, score
+from u2seg.fewshot import LabelledPictures, few_shot, nested_subsets, records, run_all
+from u2seg.images import encode_rle, ids_to_rgb, read_json, write_json, write_png
+from u2seg.model import build_model, save_weights
+
+CATEGORIES = [dict(id=3, name='a', isthing=1), dict(id=7, name='b', isthing=1), dict(id=9, name='sky', isthing=0), dict(id=4, name='grass', isthing=0)]
+CONFIG = dict(depth=18, width=8, n_blocks=[1, 1, 1, 1], stem_pool=True, norm='BN', fpn_norm='BN', fpn_channels=16, anchor_sizes=[8, 16, 24, 32, 48], rpn_batch=16, rpn_pre_train=40,
+              rpn_pre_test=20, rpn_post_train=20, rpn_post_test=10, roi_batch=8, sampling_ratio=1, fc_dim=16, mask_pool=7, mask_dim=8, n_mask_convs=1, sem_dim=8, sem_loss_stride=2,
+              panoptic_area=20, min_size=48, max_size=64, decode='objectness')
+BATCHES = dict(batch_size=2, short_sides=[48], max_size=64, flip=.5, colour=(0, 0, 0, 0), paste='semantic', paste_rate=.5, paste_scale=(.5, 1.))
+TRAINING = dict(lr=1e-3, schedule='constant', steps=[], gamma=.1, flat=.4, warmup=0, warmup_factor=.01, optimizer='adamw', momentum=.9, weight_decay=.01, cls_lr_multiplier=1.,
+                clip='global', clip_value=5., loss_weights={}, amp=None, accumulate=1, ema=0., precise_bn=0, checkpoint_every=2)
+
+
+@pytest.fixture
+def root(tmp_path):
+    rng = np.random.default_rng(0)
+    for share, n in (('s/train', 9), ('t/train', 5), ('s/val', 3)):
+        folder, split = share.split('/')
+        notes, images = [], []
+        for i in range(1, n + 1):
+            ids = np.zeros((48, 60), np.int32); ids[4:20] = 70001; ids[22:] = 12
+            segments = [dict(id=70001, category_id=9, iscrowd=0), dict(id=12, category_id=4, iscrowd=0)]
+            for j in range(i % 3):
+                ids[10 + 14 * j:22 + 14 * j, 5 + 20 * j:20 + 20 * j] = 300 + j
+                segments.append(dict(id=300 + j, category_id=[3, 7][j], iscrowd=int(i == 5 and j == 1)))
+            segments = [dict(s, area=int((ids == s['id']).sum()), bbox=[0, 0, 1, 1]) for s in segments]
+            write_png(tmp_path/folder/'annotations'/f'panoptic_{split}'/f'{i}.png', ids_to_rgb(ids))
+            write_png(tmp_path/share/f'{i}.png', rng.integers(0, 256, (48, 60, 3), dtype=np.uint8))
+            images.append(dict(id=i, file_name=f'{i}.png', width=60, height=48)); notes.append(dict(image_id=i, file_name=f'{i}.png', segments_info=segments))
+        write_json(tmp_path/folder/'annotations'/f'panoptic_{split}.json', dict(images=images, annotations=notes, categories=CATEGORIES))
+    return tmp_path
+
+
+def test_subsets_are_nested_seeded_and_of_the_right_size():
+    for n in (7, 100, 1000):
+        s = nested_subsets(n, percents=[1, 2, 5, 10, 50, 100], seed=3)
+        for small, large in zip(list(s), list(s)[1:]): assert set(s[small]) <= set(s[large])
+        assert [len(v) for v in s.values()] == [-(-n * p // 100) for p in (1, 2, 5, 10, 50, 100)] and s[100] == list(range(n))
+    assert nested_subsets(100, percents=[10], seed=0) != nested_subsets(100, percents=[10], seed=1)
+    assert nested_subsets(100, percents=[10], seed=0)[10] == nested_subsets(100, percents=[10, 50], seed=0)[10]    # whatever else is asked
+    with pytest.raises(ValueError, match='100.5'): nested_subsets(10, percents=[100.5], seed=0)
+
+
+def test_true_labels_become_targets(root):
+    truths = [read_truth(root, s) for s in ('s/train', 't/train')]
+    data = LabelledPictures(root, truths)
+    assert len(data) == 14 and data.things == [3, 7] and data.stuff == [4, 9]
+    for i, (image, t) in enumerate(data):
+        n = (i % 9 + 1) if i < 9 else i - 8
+        things = n % 3
+        assert t['labels'].tolist() == list(range(things))[:1 if n == 5 else None]       # the crowd is no instance
+        assert image.shape == (3, 48, 60)
+        want = np.full((48, 60), 255); want[4:20] = 2; want[22:] = 1
+        for j in range(things): want[10 + 14 * j:22 + 14 * j, 5 + 20 * j:20 + 20 * j] = 0
+        assert np.array_equal(t['sem'], want)                                            # crowd too: 0
+        for j, m in enumerate(t['masks']): assert m.sum() == 12 * 15 and t['boxes'][j].tolist() == [5 + 20 * j, 10 + 14 * j, 20 + 20 * j, 22 + 14 * j]
+    some = LabelledPictures(root, truths, [0, 12])
+    assert torch.equal(some[1][1]['sem'], data[12][1]['sem']) and some.images[1]['file_name'] == 't/train/4.png'
+
+
+def test_a_perfect_network_scores_one(root):
+    truth = read_truth(root, 's/val')
+    data = LabelledPictures(root, [truth])
+    class Perfect(torch.nn.Module):
+        config = dict(min_size=48, max_size=64)
+        def __init__(self): super().__init__(); self.w, self.i = torch.nn.Parameter(torch.zeros(1)), 0
+        def forward(self, images, sizes):
+            out = []
+            for _ in images:
+                t = data[self.i][1]; self.i += 1
+                logits = torch.nn.functional.one_hot(t['sem'].clamp(max=2), 3).permute(2, 0, 1).float()
+                ids, segments = torch.where(t['sem'] == 255, 0, t['sem'] + 10).int(), [dict(id=11, category_id=3), dict(id=12, category_id=4)]
+                for j, m in enumerate(t['masks']): ids[m] = j + 1; segments.append(dict(id=j + 1, category_id=int(t['labels'][j]) + 1))
+                out.append(dict(boxes=t['boxes'], labels=t['labels'], scores=torch.ones(len(t['labels'])), masks=t['masks'], sem_logits=logits, panoptic=(ids, segments)))
+            return out
+    s = score(records(Perfect(), root, truth), truth, dict(things=np.array(truth['things']), stuff=np.array(truth['stuff'])))
+    assert s['box_AP'] == s['mask_AP'] == s['PQ'] == s['PixelAcc'] == s['mIoU'] == 1
+
+
+def job(root, folder, **over): 
+    return few_shot(dict(dict(init='random', weights=None, percent=50, seed=0, n_iters=4), **over), root=root, train=['s/train', 't/train'], val=['s/val'], config=CONFIG, folder=folder,
+                    batches=BATCHES, training=TRAINING, n_val=None)
+
+
+def test_a_run_resumes_and_its_class_layers_are_new(root, tmp_path, monkeypatch):
+    result = job(root, tmp_path/'a')
+    assert result['n_images'] == 7 and read_json(tmp_path/'a'/'result.json') == result
+    monkeypatch.setattr(fewshot, 'fit', lambda *a, **k: pytest.fail('trained again'))
+    assert job(root, tmp_path/'a') == result
+    monkeypatch.undo()
+    (tmp_path/'a'/'result.json').unlink()
+    assert job(root, tmp_path/'a') == result                    # from its checkpoint
+    torch.manual_seed(5)
+    given = build_model({**CONFIG, 'n_things': 2, 'n_stuff': 2}); save_weights(given, tmp_path/'model.safetensors')
+    seen = {}
+    real = fewshot.fit
+    monkeypatch.setattr(fewshot, 'fit', lambda model, *a, **k: seen.update({n: p.clone() for n, p in model.state_dict().items()}) or real(model, *a, **k))
+    job(root, tmp_path/'b', weights=str(tmp_path/'model.safetensors'))
+    own = given.state_dict()
+    new = {n for n in own if not torch.equal(own[n], seen[n])}
+    assert {n for n in new} == {n for n in own if any(c in n for c in ('cls_score.weight', 'mask_head.predictor.weight', 'sem_seg_head.predictor.weight'))}
+
+
+def test_runs_side_by_side_equal_runs_in_turn(root, tmp_path):
+    jobs = lambda folder: [partial(job, root, tmp_path/folder/str(s), seed=s) for s in range(2)]
+    a, b = run_all(jobs('turn'), n_procs=1), run_all(jobs('side'), n_procs=2)
+    assert a == b
+    with pytest.raises(ValueError, match='no such file'): run_all([partial(job, root/'absent', tmp_path/'x')], n_procs=1)
