@@ -9,7 +9,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from u2seg.classes import COCO_PANOPTIC, supercategories
-from u2seg.evaluate import choose, count_votes, merged, read_truth, score
+from u2seg.evaluate import choose, count_votes, merged, read_truth, score, semantic_map
 from u2seg.images import decode_rle, encode_rle, ids_to_rgb, mask_to_box, read_ids, write_ids, write_json
 from u2seg.metrics import confusion_matrix, instance_ap, instances_from_panoptic, pair_counts, panoptic_quality, remap, semantic_from_panoptic, semantic_scores
 from u2seg.png import _inflate, count_pairs, read_map, read_runs
@@ -245,6 +245,15 @@ def test_a_class_that_is_only_predicted_counts():
     assert s['All']['n'] == 2 and s['All']['pq'] == 0 and s['Things'] == dict(pq=0, sq=0, rq=0, n=0)
 
 
+def test_the_area_of_the_json_counts_as_in_panopticapi():
+    "panopticapi takes a true segment's area from the JSON, a predicted one's from the PNG."
+    g = np.array([[1, 1, 1, 1, 2, 2]])
+    gt = dict(categories=[dict(id=1, isthing=1)], annotations=[dict(image_id=1, file_name='g', segments_info=[dict(id=1, category_id=1, iscrowd=0, area=6), dict(id=2, category_id=1, iscrowd=0)])])
+    pred = dict(annotations=[dict(image_id=1, file_name='p', segments_info=[dict(id=1, category_id=1, area=999), dict(id=2, category_id=1)])])
+    s = panoptic_quality(gt, dict(g=g), pred, dict(p=g))['per_class'][1]
+    assert s['tp'] == 2 and abs(s['iou'] - (4/6 + 1)) < 1e-12
+
+
 def test_void_and_crowd_forgive_more_than_half():
     cats = [dict(id=1, isthing=1)]
     def fp(g, crowd):
@@ -292,6 +301,13 @@ def test_renaming_clusters_changes_no_score(tmp_path):
         r = records(t, s)
         scores.append(score(r, truth, choose(count_votes(r, truth, **knobs), truth, method='vote')))
     assert scores[0].keys() == scores[1].keys() and all(abs(scores[0][k] - scores[1][k]) < 1e-9 for k in scores[0]) and 0 < scores[0]['PQ'] < 1
+
+
+def test_the_semantic_map_takes_segments_then_stuff_then_nothing():
+    mapping = dict(things=np.array([7, -1]), stuff=np.array([20, -1]), pixels=np.array([7, 20]))
+    record = dict(ids=np.array([[1, 2, 3, 4, 0, 0]]), segments=[dict(id=i, category_id=i) for i in (1, 2, 3, 4)], under=np.array([[2, 2, 2, 2, 1, 2]], np.uint8), stuff=np.array([[0, 1, 2, 0, 1, 2]], np.uint8))
+    assert semantic_map(record, mapping).tolist() == [[7, -1, 20, -1, 20, -1]]
+    assert semantic_map(dict(stuff=record['stuff']), mapping).tolist() == [[-1, 7, 20, -1, 7, 20]]
 
 
 def test_supercategories_of_real_ground_truth():
