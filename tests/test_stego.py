@@ -286,7 +286,7 @@ def test_crf_follows_the_picture(labeller):
     for y in range(32): image[y, 10 + 6 * (y // 4 % 2):] = 255                   # teeth of 4 px that patches of 8 px cannot see
     lab = Labeller(PcaHead(torch.zeros(6), torch.eye(6)[:3]), torch.tensor([[1., 1, 1], [-1., -1, -1]]))
     crf = dict(n_iter=10, gauss_weight=3., gauss_sxy=1., bilateral_weight=4., bilateral_sxy=67., bilateral_srgb=3.)
-    rough, fine = (segment(lab, extract, [image], **ARGS | dict(crf=c))[0] for c in (None, crf))
+    rough, fine = (segment(lab, extract, [image], **ARGS | dict(crf=c, alpha=1.))[0] for c in (None, crf))
     want = (image[..., 0] == 0).astype(int)
     assert (rough == want).mean() < .95 and (fine == want).mean() > .99
 

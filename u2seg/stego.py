@@ -6,8 +6,8 @@
 __all__ = ['INERT', 'RELEASED', 'unit', 'correspondence', 'correspondence_loss', 'random_points', 'sample', 'random_partners',
            'stego_loss', 'nearest_images', 'drop_channels', 'Head', 'probe_loss', 'cluster_cosines', 'spherical_kmeans',
            'Labeller', 'training_view', 'PatchFeatures', 'gather_features', 'step_batch', 'fit_stego', 'all_codes',
-           'refit_probe', 'PcaHead', 'fit_kmeans', 'linear_probe', 'patch_codes', 'pixel_probs', 'segment',
-           'read_semantic', 'collect_files', 'write_semantic', 'save_labeller', 'load_labeller',
+           'refit_probe', 'PcaHead', 'fit_kmeans', 'fit_labeller', 'linear_probe', 'patch_codes', 'pixel_probs',
+           'segment', 'read_semantic', 'collect_files', 'write_semantic', 'save_labeller', 'load_labeller', 'segmenter',
            'load_stego_checkpoint']
 
 # %% ../nbs/50_stego.ipynb #imports
@@ -352,6 +352,17 @@ def fit_kmeans(features, *, n_classes:int, code_dim:int, smooth:int, seed:int)->
     head = PcaHead(x.mean(0), vectors.flip(1)[:, :code_dim].T.to(x), smooth=smooth)
     return refit_probe(Labeller(head, torch.zeros(n_classes, min(code_dim, d)).to(x)), features, seed=seed)
 
+# %% ../nbs/50_stego.ipynb #fit_labeller
+def fit_labeller(features, neighbors:Tensor, *, labeller:str, probe:str, smooth:int, n_classes:int, code_dim:int, dropout:float, n_steps:int, batch_size:int, lr:float, lr_probe:float,
+                 w_self:float, w_knn:float, w_rand:float, b_self:float, b_knn:float, b_rand:float, n_points:int, n_random:int, seed:int, folder:str|Path)->Labeller:
+    "A labeller of the kind that is asked for: 'stego' (probe 'sgd' or 'kmeans') or 'kmeans'."
+    if labeller not in ('stego', 'kmeans'): raise ValueError(f"labeller must be 'stego' or 'kmeans', got {labeller!r}")
+    if probe not in ('sgd', 'kmeans'): raise ValueError(f"probe must be 'sgd' or 'kmeans', got {probe!r}")
+    if labeller == 'kmeans': return fit_kmeans(features, n_classes=n_classes, code_dim=code_dim, smooth=smooth, seed=seed)
+    model = fit_stego(features, neighbors, n_classes=n_classes, code_dim=code_dim, dropout=dropout, n_steps=n_steps, batch_size=batch_size, lr=lr, lr_probe=lr_probe,
+                      w_self=w_self, w_knn=w_knn, w_rand=w_rand, b_self=b_self, b_knn=b_knn, b_rand=b_rand, n_points=n_points, n_random=n_random, seed=seed, folder=folder)
+    return model if probe == 'sgd' else refit_probe(model, features, seed=seed)
+
 # %% ../nbs/50_stego.ipynb #linear_probe
 def linear_probe(labeller:Labeller, features, labels:Tensor, # int64 [n, H, W], 255 = ignored
                  *, n_classes:int, seed:int, n_steps:int=500, batch_size:int=16, lr:float=5e-3)->nn.Conv2d:
@@ -388,15 +399,16 @@ def segment(labeller:Labeller, extract:Callable, images:list[np.ndarray], # uint
             crf:dict|None, # arguments of `dense_crf`, None for no CRF
             )->list[np.ndarray]: # uint8 [H, W] each, 0 ... k - 1
     "Stuff clusters of every pixel."
-    out = [None] * len(images)
+    codes = [None] * len(images)
     for shape in dict.fromkeys(im.shape for im in images):     # images of one size go through the backbone together
         group = [i for i, im in enumerate(images) if im.shape == shape]
-        codes = patch_codes(labeller, extract, [images[i] for i in group], size=size, patch_size=patch_size, flip=flip)
-        for i, code in zip(group, codes):
-            prob = pixel_probs(labeller, code[None], shape[:2], alpha=alpha)[0]
-            if crf is not None: prob = dense_crf(images[i], prob, **crf)
-            out[i] = prob.argmax(0).to(torch.uint8).cpu().numpy()
-    return out
+        for i, code in zip(group, patch_codes(labeller, extract, [images[i] for i in group], size=size, patch_size=patch_size, flip=flip)): codes[i] = code
+    def one(image, code):
+        prob = pixel_probs(labeller, code[None], image.shape[:2], alpha=alpha)[0]
+        if crf is not None: prob = dense_crf(image, prob, **crf)
+        return prob.argmax(0).to(torch.uint8).cpu().numpy()
+    if crf is None or labeller.clusters.is_cuda: return [one(*pair) for pair in zip(images, codes)]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool: return list(pool.map(one, images, codes))   # the CRF of an image uses one core
 
 # %% ../nbs/50_stego.ipynb #write_semantic
 def read_semantic(path:str|Path)->np.ndarray: # uint8 [H, W]
@@ -449,6 +461,14 @@ def load_labeller(path:str|Path, device='cpu')->tuple[Labeller, dict]: # the lab
     labeller = Labeller(head, t['clusters'])
     labeller.load_state_dict(t)
     return labeller.to(device).eval().requires_grad_(False), meta['settings']
+
+# %% ../nbs/50_stego.ipynb #segmenter
+def segmenter(path:str|Path, # written by `save_labeller`, settings with `feature`, `size`, `alpha`, `flip`, `crf`
+              vit,           # `ViTFeatures`
+              )->Callable:   # list of uint8 [H, W, 3] -> list of uint8 [H, W]
+    "The stage's way from images to stuff maps, rebuilt from its file."
+    labeller, s = load_labeller(path, next(vit.parameters()).device)
+    return lambda images: segment(labeller, getattr(vit, s['feature']), images, size=s['size'], patch_size=vit.patch_size, alpha=s['alpha'], flip=s['flip'], crf=s['crf'])
 
 # %% ../nbs/50_stego.ipynb #load_stego_checkpoint
 class _Inert:
