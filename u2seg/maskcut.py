@@ -21,14 +21,18 @@ from .ncut import fiedler, orient, token_graph, token_links
 from .stage import sharded
 
 # %% ../nbs/22_maskcut.ipynb #foreground
+def _strongest(x):
+    "Index of the first entry that equals the largest up to float32's rounding."
+    return np.argmax(x >= x.max() - 1e-6*abs(x.max()))
+
 def foreground(x:np.ndarray, # float [h, w], second eigenvector
                )->np.ndarray: # bool [h, w], one connected region
     "The object's side of the cut, and of it the piece around the strongest token (CutLER, sec. 3.2)."
     side = x > x.mean()
     corners = side[[0, 0, -1, -1], [0, -1, 0, -1]].sum()
-    if corners >= 3 or not side.flat[np.abs(x).argmax()]: x, side = -x, ~side
+    if corners >= 3 or not side.flat[_strongest(np.abs(x))]: x, side = -x, ~side
     pieces, _ = ndimage.label(side)
-    return pieces == pieces.flat[x.argmax()]
+    return pieces == pieces.flat[_strongest(x)]
 
 # %% ../nbs/22_maskcut.ipynb #cut
 def _cut(links, painted):
@@ -38,7 +42,7 @@ def _cut(links, painted):
     y = fiedler(g)
     def grids(y):
         x = (y*g.scale).double().cpu().numpy().reshape(painted.shape)
-        for v, p in zip(x, painted): v[p] = v[p].mean() if p.any() else 0. # equal in theory; made so, that ties do not hang on rounding
+        for v, p in zip(x, painted): v[p] = v[p].mean() if p.any() else 0. # equal in theory, so made equal
         return x
     x = grids(y)
     if any((foreground(v) != foreground(-v)).any() for v in x): x = grids(orient(g, y))
@@ -148,7 +152,7 @@ def label_image(image:np.ndarray,       # uint8 [H, W, 3]
 def weights_digest(model:nn.Module)->str:
     "Sixteen hex digits that change with any weight."
     h = hashlib.sha256()
-    for name, t in sorted(model.state_dict().items()): h.update(name.encode() + t.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for name, t in sorted(model.state_dict().items()): h.update(name.encode() + t.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()[:16]
 
 # %% ../nbs/22_maskcut.ipynb #label_images
@@ -157,7 +161,7 @@ def label_images(items:list[dict],      # {id, file_name}, from `list_images`
                  *, root:str|Path,      # folder that file names are relative to
                  folder:str|Path,       # where finished shards are kept
                  size:int, feature:str, tau:float, n_masks:int, crf:bool, min_agreement:float, # as in `label_image`
-                 batch_size:int=16, shard_size:int=256,
+                 batch_size:int=16, shard_size:int=256, desc:str='maskcut', # `desc` heads the progress bar; '' for none
                  )->tuple[dict, list]:  # COCO instances of one category; [{file_name, reason}] of the images skipped
     "Masks of a data set, resumable and shared among torchrun's workers."
     _check_options(features, size, feature, tau, n_masks, min_agreement)
@@ -169,6 +173,6 @@ def label_images(items:list[dict],      # {id, file_name}, from `list_images`
         found = _label([p for _, _, p in loaded], [s for _, s, _ in loaded], features, **options)
         return [dict(id=i['id'], file_name=i['file_name'], width=s[1], height=s[0], masks=m) for (i, s, _), m in zip(loaded, found)]
     records, skipped = sharded(items, load, work, folder, key=dict(options, weights=weights_digest(features)),
-                               batch_size=batch_size, shard_size=shard_size, desc='maskcut')
+                               batch_size=batch_size, shard_size=shard_size, desc=desc)
     annotations = [dict(image_id=r['id'], category_id=1, **m) for r in records for m in r['masks']]
     return instances_json([{k: r[k] for k in ('id', 'file_name', 'width', 'height')} for r in records], annotations, [dict(id=1, name='fg')]), skipped

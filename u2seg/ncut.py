@@ -38,9 +38,9 @@ def token_links(keys:Tensor,   # float [b, d, n], one column a token; any length
 
 # %% ../nbs/20_ncut.ipynb #link_product
 def _fixed_point_product(links, u):
-    "`links @ u` for one image by four int8 digits of `u`; sums are exact, `u` is rounded to 2**-28 of its largest entry."
-    top = u.abs().max().clamp_min(1e-30)
-    rest, unit, out = u*(127/top), top.double()/127, 0.
+    "`links @ u` for one image by four int8 digits of `u`; exact but for what `u` holds below 2**-27 of its largest entry."
+    power = 6 - torch.frexp(u.abs().max()).exponent
+    rest, unit, out = torch.ldexp(u, power), torch.ldexp(torch.ones((), dtype=torch.float64), -power), 0.
     for _ in range(4):
         digit = rest.round()
         out = out + torch._int_mm(links, digit.to(torch.int8)[:, None])[:, 0]*unit
@@ -156,7 +156,7 @@ def orient(g:Graph,
         if (c.square().amax(1) > 1 - c.square().sum(1)).all(): break
     c = torch.bmm(basis, y[..., None])[..., 0]
     top = c.abs().argmax(1).tolist()
-    sign = [c[i, k].sign().item()*_reflection_signs(basis[i])[k].item() for i, k in enumerate(top)]
+    sign = [(1 if c[i, k] >= 0 else -1)*_reflection_signs(basis[i])[k].item() for i, k in enumerate(top)]
     return y*torch.tensor(sign).to(y)[:, None]
 
 # %% ../nbs/20_ncut.ipynb #second_eigenvector
