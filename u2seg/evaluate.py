@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'annotation_file', 'read_truth', 'boxed', 'merged', 'count_votes', 'choose', 'score_agnostic',
-           'semantic_map', 'score', 'judge', 'class_pq']
+           'semantic_map', 'score', 'model_records', 'baseline_rows', 'judge', 'class_pq']
 
 # %% ../nbs/72_evaluate.ipynb #imports
-import csv, io
 from pathlib import Path
 
 import numpy as np
+import torch
 from pycocotools import mask as coco_mask
 
-from .images import read_ids, read_json
+from .images import encode_rle, read_ids, read_image, read_json
 from .matching import instance_votes, map_instances, match_clusters, pixel_votes, semantic_votes
 from .metrics import confusion_matrix, instance_ap, instances_from_panoptic, panoptic_quality, remap, semantic_from_panoptic, semantic_scores
 from .panoptic import merge
+from .train import predict
 
 # %% ../nbs/72_evaluate.ipynb #read_truth
 def annotation_file(root:str|Path, share:str)->Path:
@@ -67,7 +68,7 @@ def count_votes(records:dict[int, dict], # image id -> record
                 match_stuff_iou:float,   # IoU of regions above which a stuff label does
                 )->dict[str, np.ndarray]: # things [n_clusters, things], stuff [n_stuff, stuff], pixels [n_stuff, classes]
     "The evidence of which cluster is which class."
-    found = [d for r in records.values() for d in r.get('instances', [])]
+    found = [d for r in records.values() for d in r.get('instances', r.get('voters', []))]
     things = instance_votes(found, truth['instances']['annotations'], n_clusters=n_clusters, class_ids=truth['things'],
                             score_threshold=match_score, iou_threshold=match_iou, iou_type='bbox')
     classes = list(truth['names'])
@@ -138,6 +139,47 @@ def _panoptic(records, truth, mapping):
     s = panoptic_quality(truth['panoptic'], truth['maps'], pred, {i: ids for i, (ids, _) in named.items()})
     scores = {f'{k.upper()}{end}': s[group][k] for group, end in (('All', ''), ('Things', '_things'), ('Stuff', '_stuff')) for k in ('pq', 'sq', 'rq')}
     return scores, s['per_class']
+
+# %% ../nbs/72_evaluate.ipynb #model_records
+def _record(image_id, f):
+    "The record of one result of `PanopticRCNN`."
+    boxes = f['boxes'].cpu().numpy().astype(float)
+    boxes[:, 2:] -= boxes[:, :2]                                                  # xyxy -> xywh
+    out = dict(instances=[dict(image_id=image_id, category_id=int(l) + 1, score=float(s), bbox=b, segmentation=encode_rle(m))
+                          for l, s, b, m in zip(f['labels'], f['scores'], boxes.tolist(), f['masks'].cpu().numpy()) if m.any()])
+    if 'panoptic' not in f: return out
+    ids, segments = f['panoptic']
+    sem, under = f['sem_logits'].argmax(0), f['sem_logits'][1:].argmax(0) + 1
+    return dict(out, stuff=sem.cpu().numpy().astype(np.uint8), under=under.cpu().numpy().astype(np.uint8), ids=ids.cpu().numpy().astype(np.uint16), segments=segments)
+
+@torch.no_grad()
+def model_records(model:torch.nn.Module, # of `build_model`
+                  root:str|Path, images:list[dict], # {id, file_name}, file names relative to `root`
+                  *, batch_size:int)->dict[int, dict]: # image id -> record
+    "Run a network on images."
+    model.eval()
+    out, c = {}, model.config
+    for i in range(0, len(images), batch_size):
+        part = images[i:i + batch_size]
+        found = predict(model, [read_image(Path(root)/im['file_name']) for im in part], short=c['min_size'], max_size=c['max_size'])
+        out |= {im['id']: _record(im['id'], f) for im, f in zip(part, found)}
+    return out
+
+# %% ../nbs/72_evaluate.ipynb #baseline_rows
+def baseline_rows(masks:list[dict],      # of MaskCut, category_id = cluster + 1, with scores
+                  detections:list[dict], # of the class-agnostic detector, the same
+                  maps:dict[int, np.ndarray], # image id -> uint8 [H, W], stuff clusters 0 ... S - 1
+                  *, n_clusters:int, max_cover:float, combine_score:float)->dict[str, dict]: # row -> image id -> record
+    "The records of the four baselines."
+    of = {kind: {i: [] for i in maps} for kind in ('masks', 'detections')}
+    for kind, found in dict(masks=masks, detections=detections).items():
+        for a in boxed(found): of[kind][a['image_id']].append(a)
+    knobs = dict(n_clusters=n_clusters, max_cover=max_cover)
+    together = {i: merged(of['detections'][i], m, min_score=combine_score, **knobs) for i, m in maps.items()}
+    return {'MaskCut + clusters': {i: merged(of['masks'][i], m, min_score=0., **knobs) for i, m in maps.items()},
+            'CutLER+': {i: dict(instances=of['detections'][i]) for i in maps},
+            'STEGO': {i: dict(stuff=(m + 1).astype(np.uint8)) for i, m in maps.items()},
+            'CutLER+STEGO': {i: {'voters' if k == 'instances' else k: v for k, v in r.items()} for i, r in together.items()}}
 
 # %% ../nbs/72_evaluate.ipynb #judge
 METHODS = 'vote', 'hungarian'
