@@ -4,16 +4,19 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'annotation_file', 'read_truth', 'boxed', 'merged', 'count_votes', 'choose', 'score_agnostic',
-           'semantic_map', 'score', 'model_records', 'baseline_rows', 'judge', 'class_pq']
+           'semantic_map', 'score', 'model_records', 'baseline_rows', 'baselines', 'judge', 'class_pq', 'image_pq']
 
 # %% ../nbs/72_evaluate.ipynb #imports
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 
+from .cluster import Clusters, label_file
 from .images import encode_rle, read_ids, read_image, read_json
+from .maskcut import label_images
 from .matching import instance_votes, map_instances, match_clusters, pixel_votes, semantic_votes
 from .metrics import confusion_matrix, instance_ap, instances_from_panoptic, panoptic_quality, remap, semantic_from_panoptic, semantic_scores
 from .panoptic import merge
@@ -181,6 +184,29 @@ def baseline_rows(masks:list[dict],      # of MaskCut, category_id = cluster + 1
             'STEGO': {i: dict(stuff=(m + 1).astype(np.uint8)) for i, m in maps.items()},
             'CutLER+STEGO': {i: {'voters' if k == 'instances' else k: v for k, v in r.items()} for i, r in together.items()}}
 
+# %% ../nbs/72_evaluate.ipynb #baselines
+def _area(annotations): return [dict(a, id=i, area=int(coco_mask.area(a['segmentation']))) for i, a in enumerate(annotations, 1)]
+
+def baselines(root:str|Path, images:list[dict], # {id, file_name}, file names relative to `root`
+              *, vit:torch.nn.Module,           # `ViTFeatures`
+              maskcut:dict,                     # options of `label_images`
+              clusters:Clusters,
+              detector:torch.nn.Module,         # class-agnostic (`n_things = 1`, `n_stuff = 0`)
+              stuff:Callable,                   # list of uint8 [H, W, 3] -> list of uint8 [H, W], of `stego.segmenter`
+              folder:str|Path,                  # scratch
+              batch_size:int, max_cover:float, combine_score:float, # as in `baseline_rows`
+              )->dict[str, dict]:               # row -> image id -> record
+    "Predict with everything that U2Seg is made of."
+    folder = Path(folder)
+    masks, _ = label_images(images, vit, root=root, folder=folder/'maskcut', batch_size=batch_size, **maskcut)
+    found = _area([d for r in model_records(detector, root, images, batch_size=batch_size).values() for d in r['instances']])
+    masks, found = (label_file(clusters, vit, dict(images=images, annotations=a), root, folder=folder/kind)['annotations'] for kind, a in (('masks', masks['annotations']), ('detections', found)))
+    maps = {}
+    for i in range(0, len(images), batch_size):
+        part = images[i:i + batch_size]
+        maps |= zip([im['id'] for im in part], stuff([read_image(Path(root)/im['file_name']) for im in part]))
+    return baseline_rows(masks, found, maps, n_clusters=len(clusters.centroids), max_cover=max_cover, combine_score=combine_score)
+
 # %% ../nbs/72_evaluate.ipynb #judge
 METHODS = 'vote', 'hungarian'
 
@@ -209,3 +235,14 @@ def judge(rows:dict[str, dict],     # share -> row -> records
 def class_pq(records:dict[int, dict], truth:dict, mapping:dict)->dict[str, float]: # class name -> PQ
     "PQ of each class."
     return {truth['names'][c]: s['pq'] for c, s in _panoptic(records, truth, mapping)[1].items()}
+
+# %% ../nbs/72_evaluate.ipynb #image_pq
+def image_pq(records:dict[int, dict], truth:dict, mapping:dict)->dict[int, float]: # image id -> 0 ... 1
+    "Sum of the matched segments' IoU over TP + FP/2 + FN/2, for each image."
+    table, out = dict(enumerate(np.concatenate([mapping['things'], mapping['stuff']]).tolist(), 1)), {}
+    for a in truth['panoptic']['annotations']:
+        ids, segments = _named(records[a['image_id']], table)
+        s = panoptic_quality(dict(truth['panoptic'], annotations=[a]), truth['maps'], dict(annotations=[dict(image_id=a['image_id'], file_name='', segments_info=segments)]), {'': ids})
+        total = {k: sum(c[k] for c in s['per_class'].values()) for k in ('iou', 'tp', 'fp', 'fn')}
+        out[a['image_id']] = total['iou'] / max(total['tp'] + total['fp'] / 2 + total['fn'] / 2, 1e-9)
+    return out
