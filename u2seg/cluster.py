@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHAPES', 'GREY', 'EMBEDDINGS', 'METRICS', 'INITS', 'window', 'crop_instances', 'embed_crops', 'embed_file', 'assign',
            'nearest', 'kmeans', 'fit_pca', 'project', 'Clusters', 'fit_clusters', 'label', 'save_clusters',
-           'load_clusters', 'label_file', 'categories', 'purity', 'nmi', 'one_to_one']
+           'load_clusters', 'label_file', 'categories', 'most_central', 'purity', 'nmi', 'one_to_one']
 
 # %% ../nbs/40_cluster.ipynb #imports
 import hashlib, json, os
@@ -139,7 +139,7 @@ METRICS = 'euclidean', 'cosine'
 def _chunks(x, metric, size=16384)->Iterator:
     "(first row, float32 rows) of x [n, d], which may lie on disk; of unit length for 'cosine'."
     for i in range(0, len(x), size):
-        rows = np.ascontiguousarray(x[i:i + size], np.float32)
+        rows = np.require(x[i:i + size], np.float32, ['C', 'W'])
         yield i, rows/np.linalg.norm(rows, axis=1, keepdims=True).clip(1e-12) if metric == 'cosine' else rows
 
 def _check_rows(x, metric='euclidean'):
@@ -355,6 +355,15 @@ def label_file(clusters:Clusters,
 def categories(k:int)->list[dict]:
     "COCO categories 1 ... k; a cluster has no name but its number."
     return [dict(id=j, name=str(j), supercategory='thing') for j in range(1, k + 1)]
+
+# %% ../nbs/40_cluster.ipynb #most_central
+def most_central(labels:np.ndarray,    # int [n]
+                 distances:np.ndarray, # [n], of each row from its centroid
+                 cluster:int, n:int,
+                 )->np.ndarray:        # int64 [<= n], rows
+    "The rows of a cluster that lie nearest to its centroid, nearest first."
+    rows = np.flatnonzero(labels == cluster)
+    return rows[np.argsort(distances[rows], kind='stable')[:n]]
 
 # %% ../nbs/40_cluster.ipynb #scores
 def _table(labels, classes):
