@@ -1,0 +1,127 @@
+"Prediction in users' hands: forms of input, files written, resume, faults."
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from u2seg.images import decode_rle, read_ids, read_json, write_png
+from u2seg.model import build_model, save_weights
+from u2seg.predict import U2Seg, as_image, category_names, find_images, network_size, predict_folder
+
+TINY = dict(n_things=3, n_stuff=2, depth=18, width=8, n_blocks=[1, 1, 1, 1], norm='BN', fpn_norm='BN', fpn_channels=16, fc_dim=16, mask_dim=8, n_mask_convs=1, sem_dim=16, rpn_pre_test=40, rpn_post_test=20,
+            decode='objectness', max_detections=4, panoptic_area=20, min_size=64, max_size=128)
+
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('model')
+    torch.manual_seed(0)
+    save_weights(build_model(TINY), folder/'model.safetensors')
+    return folder
+
+def picture(seed=0, h=48, w=64): return np.random.default_rng(seed).integers(0, 256, (h, w, 3), dtype=np.uint8)
+
+def same(a, b):
+    return all(np.array_equal(getattr(a, k), getattr(b, k)) for k in ('boxes', 'scores', 'categories', 'masks', 'semantic', 'ids')) and a.segments == b.segments
+
+def test_every_form_of_a_picture_gives_the_same(weights, tmp_path):
+    model, x = U2Seg.from_pretrained(weights, device='cpu'), picture()
+    write_png(tmp_path/'x.png', x)
+    first = model.predict(x)
+    forms = [tmp_path/'x.png', str(tmp_path/'x.png'), Image.fromarray(x), torch.from_numpy(x).permute(2, 0, 1), x.astype(np.float32) / 255]
+    assert all(same(first, model.predict(f)) for f in forms)
+    assert [same(first, p) for p in model.predict([x, x, x], batch_size=1)] == [True] * 3
+    assert model.predict([]) == []
+
+@pytest.mark.parametrize('wrong', [np.zeros((4, 4, 5), np.uint8), np.zeros((0, 4, 3), np.uint8), np.full((4, 4, 3), 7.), np.zeros((4, 4, 3), np.int64), 3, 'http://x/y.png', torch.zeros(2, 3, 4, 4)])
+def test_what_is_no_picture_is_refused(wrong):
+    with pytest.raises(ValueError): as_image(wrong)
+
+def test_forms_of_one_channel_and_alpha():
+    grey = picture()[..., 0]
+    assert (as_image(grey) == grey[..., None]).all() and (as_image(torch.from_numpy(grey)[None]) == grey[..., None]).all()
+    assert as_image(Image.new('RGBA', (3, 2))).shape == (2, 3, 3)
+    turned = Image.new('RGB', (4, 2)); turned.getexif()[0x112] = 6
+    import io
+    b = io.BytesIO(); turned.save(b, 'JPEG', exif=turned.getexif()); b.seek(0)
+    assert as_image(Image.open(b)).shape == (4, 2, 3)
+
+def test_one_pixel_and_long_pictures(weights):
+    model = U2Seg.from_pretrained(weights, device='cpu')
+    for h, w in ((1, 1), (3, 200), (200, 2)):
+        p = model.predict(picture(h=h, w=w))
+        assert p.ids.shape == p.semantic.shape == (h, w) and p.masks.shape[1:] == (h, w)
+    assert network_size((1, 1000), min_size=800, max_size=1333) == (1, 1333)
+
+def test_results_agree_among_themselves(weights):
+    p = U2Seg.from_pretrained(weights, device='cpu').predict(picture())
+    coco = p.to_coco(7)
+    assert len(coco['annotations']) == len(p.instances) == len(p.scores) > 0 and (np.diff(p.scores) <= 0).all()
+    for a, m in zip(coco['annotations'], p.masks): assert (decode_rle(a['segmentation']) == m).all() and a['image_id'] == 7 and 1 <= a['category_id'] <= 3
+    assert {s['id'] for s in coco['segments_info']} == set(np.unique(p.ids)) - {0}
+    for s in coco['segments_info']: assert s['area'] == (p.ids == s['id']).sum()
+    json.dumps(coco)
+    assert p.overlay().shape == p.image.shape and p.overlay().dtype == np.uint8
+    assert all(s['name'].startswith(('thing_', 'stuff_')) for s in p.panoptic[1])
+
+def test_instance_only_model_has_a_panoptic_map(tmp_path):
+    save_weights(build_model(dict(TINY, n_things=1, n_stuff=0, panoptic_score=0.)), tmp_path/'model.safetensors')
+    p = U2Seg.from_pretrained(tmp_path, device='cpu').predict(picture())
+    assert p.semantic is None and p.segments and all(s['category_id'] == 1 for s in p.segments)
+
+def test_from_pretrained_and_its_refusals(weights, tmp_path):
+    state = U2Seg.from_pretrained(weights/'model.safetensors', device='cpu').model.state_dict()
+    torch.save(dict(model=state), tmp_path/'a.pth')
+    with pytest.raises(ValueError, match='give the configuration'): U2Seg.from_pretrained(tmp_path/'a.pth')
+    assert same(U2Seg.from_pretrained(tmp_path/'a.pth', config=TINY, device='cpu').predict(picture()), U2Seg.from_pretrained(weights, device='cpu').predict(picture()))
+    assert U2Seg.from_pretrained(tmp_path/'a.pth', config=weights/'model.yaml', device='cpu')
+    with pytest.raises(ValueError, match='does not fit its configuration'): U2Seg.from_pretrained(tmp_path/'a.pth', config=dict(TINY, n_things=9))
+    with pytest.raises(ValueError, match='no such file of weights'): U2Seg.from_pretrained(tmp_path)
+    (tmp_path/'model.safetensors').write_bytes((weights/'model.safetensors').read_bytes()); (tmp_path/'model.yaml').write_text('- 1\n')
+    with pytest.raises(ValueError, match='not a mapping of model settings'): U2Seg.from_pretrained(tmp_path)
+
+def test_names(tmp_path):
+    (tmp_path/'mapping.json').write_text('{"2": "cat"}')
+    assert category_names(2, 1, tmp_path/'mapping.json') == {1: 'thing_1', 2: 'cat', 3: 'stuff_1'}
+    for bad in ('{"9": "cat"}', '{"x": "cat"}', '{"1": 3}', '[]', '{'):
+        (tmp_path/'mapping.json').write_text(bad)
+        with pytest.raises(ValueError, match='mapping.json'): category_names(2, 1, tmp_path/'mapping.json')
+
+def test_find_images(tmp_path):
+    for n in ('a.png', 'sub/a.png', 'sub/b.png'): write_png(tmp_path/n, picture())
+    (tmp_path/'a.bmp').write_bytes((tmp_path/'a.png').read_bytes())
+    root, items = find_images([tmp_path/'sub', str(tmp_path/'*.*'), tmp_path/'a.png'])
+    assert root == tmp_path and [i['file_name'] for i in items] == ['sub/a.png', 'sub/b.png', 'a.bmp', 'a.png']
+    assert len({i['overlay'] for i in items}) == 4                         # a.bmp and a.png do not overwrite each other
+    with pytest.raises(ValueError, match='no such picture'): find_images(tmp_path/'*.tif')
+
+def test_folder_files_resume_and_faults(weights, tmp_path, monkeypatch):
+    for i in range(4): write_png(tmp_path/'in'/f'{i}.png', picture(i))
+    (tmp_path/'in'/'bad.jpg').write_bytes(b'\xff\xd8broken')
+    out = tmp_path/'out'
+    told = predict_folder(tmp_path/'in', weights, out, device='cpu')
+    assert told['images'] == 4 and told['skipped'] == 1 and read_json(out/'skipped.json')[0]['file_name'] == 'bad.jpg'
+    panoptic, instances = read_json(out/'panoptic.json'), read_json(out/'instances.json')
+    assert len(panoptic['images']) == 4 and len(instances['annotations']) == told['instances'] and [c['id'] for c in panoptic['categories']] == [1, 2, 3, 4, 5]
+    model = U2Seg.from_pretrained(weights, device='cpu')
+    for a in panoptic['annotations']:
+        ids, name = read_ids(out/'panoptic'/a['file_name']), next(i['file_name'] for i in panoptic['images'] if i['id'] == a['image_id'])
+        assert {s['id'] for s in a['segments_info']} == set(np.unique(ids)) - {0}
+        assert (ids == model.predict(tmp_path/'in'/name).ids).mean() > .99
+    assert len(list((out/'overlay').glob('*.png'))) == 4
+    files = {f: f.read_bytes() for f in out.rglob('*') if f.is_file() and '.work' not in f.parts}
+    (out/'overlay'/'2.png').unlink(); (out/'panoptic.json').unlink()
+    calls, run = [], U2Seg._batch
+    monkeypatch.setattr(U2Seg, '_batch', lambda self, images: calls.append(len(images)) or run(self, images))
+    predict_folder(tmp_path/'in', weights, out, device='cpu')
+    assert calls == [1]                                                    # only the picture whose overlay was deleted is seen again
+    assert {f: f.read_bytes() for f in out.rglob('*') if f.is_file() and '.work' not in f.parts} == files
+
+def test_memory_runs_out_half_the_batch(weights, monkeypatch):
+    model, run, seen = U2Seg.from_pretrained(weights, device='cpu'), U2Seg._batch, []
+    def scarce(self, images):
+        if len(images) > 2: raise torch.OutOfMemoryError('full')
+        seen.append(len(images)); return run(self, images)
+    monkeypatch.setattr(U2Seg, '_batch', scarce)
+    assert len(model.predict([picture(i) for i in range(5)], batch_size=5)) == 5 and seen == [2, 2, 1]
