@@ -14,7 +14,7 @@ from pathlib import Path
 import timm
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from timm.layers import HybridEmbed
 from timm.models.eva import Eva, EvaBlock
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -22,6 +22,8 @@ from timm.models.vision_transformer_hybrid import ConvStem
 from timm.models.vision_transformer_hybrid import ConvStem
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from .images import write_atomic
 
 # %% ../nbs/10_features.ipynb #dino_positions
 def dino_positions(table:Tensor,        # [1, h0*w0, d] learned positions of the patches
@@ -172,9 +174,8 @@ class ViTFeatures(nn.Module):
 def write_backbone(path:str|Path, vit:VisionTransformer,
                    model:dict): # what `build_vit` rebuilds it from
     "Weights as .safetensors with their model's description, written atomically."
-    part = Path(path).with_suffix('.part')
-    save_file({k: v.detach().contiguous() for k, v in vit.state_dict().items()}, part, {'model': json.dumps(model, sort_keys=True)})
-    part.replace(path)
+    state = {k: v.detach().cpu().contiguous() for k, v in vit.state_dict().items()}
+    write_atomic(path, save(state, {'model': json.dumps(model, sort_keys=True)}))
 
 # %% ../nbs/10_features.ipynb #from_file
 def from_file(path:str|Path, # .safetensors written by `write_backbone`
