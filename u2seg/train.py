@@ -319,6 +319,13 @@ def _agree(losses, asked, world):
     values = flat.tolist()
     return dict(zip(losses, values)), int(values[-1])
 
+def _average_gradients(parameters, world):
+    "Mean gradients over the processes; a parameter unused in all of them keeps none."
+    flat = torch.cat([*(p.new_zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in parameters), torch.tensor([float(p.grad is not None) for p in parameters])])
+    dist.all_reduce(flat)
+    used = flat[-len(parameters):].tolist()
+    for p, g, u in zip(parameters, (flat[:-len(parameters)] / world).split([p.numel() for p in parameters]), used): p.grad = g.view_as(p) if u else None
+
 def _processes():
     "(rank, world) of this process; joins torchrun's group if there is one."
     world = int(os.environ.get('WORLD_SIZE', 1))
@@ -346,7 +353,7 @@ def fit(model:nn.Module,   # `model(images, targets) -> {name: loss}` in trainin
     if amp not in AMP: raise ValueError(f"amp must be none, 'bf16' or 'fp16', got {amp!r}")
     at = functools.partial(lr_factor, n_iters=n_iters, schedule=schedule, steps=steps, gamma=gamma, flat=flat, warmup=warmup, warmup_factor=warmup_factor)
     run = _Run(model, parameter_groups(model, weight_decay=weight_decay, cls_lr_multiplier=cls_lr_multiplier), optimizer=optimizer, lr=lr, momentum=momentum, ema=ema, amp=amp)
-    key = _recipe(model, batches, world, n_iters, lr, optimizer, momentum, weight_decay, cls_lr_multiplier, clip, clip_value, loss_weights, amp, accumulate, ema, precise_bn, [at(i) for i in range(0, n_iters, max(n_iters // 100, 1))])
+    key = _recipe(model, batches, n_iters, lr, optimizer, momentum, weight_decay, cls_lr_multiplier, clip, clip_value, loss_weights, amp, accumulate, ema, precise_bn, [at(i) for i in range(0, n_iters, max(n_iters // 100, 1))])
     share, state = _Share(batches, rank, world, accumulate), _load(folder/'checkpoint.pt', key)
     if state: run.restore(state)
     if state and state['finished']: return run.rows
@@ -372,14 +379,16 @@ def _recipe(model, batches, *rest):
 def _iterate(run, share, at, asked, *, folder, key, n_iters, lr, clip, clip_value, loss_weights, amp, checkpoint_every, log_every, n_workers):
     "The iterations from `run.next` on."
     device, first = run.parameters[0].device, share.rank == 0
-    net = DistributedDataParallel(run.model, find_unused_parameters=True, broadcast_buffers=False) if share.world > 1 else run.model
+    net = DistributedDataParallel(run.model, find_unused_parameters=True, broadcast_buffers=False) if share.world > 1 and device.type == 'cuda' else run.model
     with tqdm(total=n_iters, initial=run.next, desc='training', unit='it', disable=not first) as bar:
         for i, parts in zip(range(run.next, n_iters), _loader(share, run.next, n_iters, n_workers)):
             for g in run.optimizer.param_groups: g['lr'] = lr * at(i) * g['multiplier']
             for name in sorted(set(sum((p[2] for p in parts), []))): tqdm.write(f'left out: {name}')
             run.optimizer.zero_grad()
             seeds = [_seed(share.batches.seed, i, share.rank, j) for j in range(len(parts))]
-            losses, signalled = _agree(_backward(net, run, parts, seeds, loss_weights, amp, device), asked, share.world)
+            losses = _backward(net, run, parts, seeds, loss_weights, amp, device)
+            if share.world > 1 and net is run.model: _average_gradients(run.parameters, share.world)
+            losses, signalled = _agree(losses, asked, share.world)
             _step(run, i, losses, folder, clip=clip, clip_value=clip_value)
             run.note(i, lr * at(i), losses, i + 1 == n_iters or (i + 1) % log_every == 0)
             if first and (signalled or i + 1 == n_iters or (i + 1) % checkpoint_every == 0):
