@@ -124,8 +124,8 @@ def compare_inference(mine, theirs, images):
             compare_proposals(p[0], q[0].proposal_boxes.tensor)
             logits, (sem, _) = mine.sem_seg_head(f), theirs.sem_seg_head(g)
             close(logits, theirs.sem_seg_head.layers(g), 'semantic logits')
-            detections = mine.roi_heads.detect(f, [q[0].proposal_boxes.tensor], shapes)      # the same proposals from here on
-            a = mine.results(detections, logits, shapes, shapes)[0]
+            detections = ours.detections(mine.roi_heads, f, [q[0].proposal_boxes.tensor], shapes)      # the same proposals from here on
+            a = ours.results(detections, logits, shapes, shapes, mine.config)[0]
             b = postprocess(theirs, theirs.roi_heads(image_list, g, q)[0], sem, d[0], image_list)
             seen |= compare_results(a, b, mine.config)
     assert seen == {True, False}, f'the panoptic maps show too little: {seen}'

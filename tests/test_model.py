@@ -201,7 +201,7 @@ def plain_losses(m, images, targets):
         for i in p: loc = loc + (deltas[b, i] - M.encode_boxes(anchors[i:i + 1], t['boxes'][index[i]][None])[0]).abs().sum()
     total = m.config['rpn_batch'] * len(images)
     out['loss_rpn_cls'], out['loss_rpn_loc'] = cls / total, loc / total
-    proposals = rpn.proposals(rpn.anchors(features), *zip(*(rpn.rpn_head(f) for f in features)), sizes)
+    proposals = M.top_proposals(rpn.anchors(features), *zip(*(rpn.rpn_head(f) for f in features)), sizes, pre=m.config['rpn_pre_train'], post=m.config['rpn_post_train'], nms_iou=m.config['rpn_nms'])
     K, regions = m.config['n_things'], []                                  # (box, picture, class, label's index)
     for b, (p, t) in enumerate(zip(proposals, targets)):
         labelled = [(*label_one(box, t, m.config['cascade_ious'][0], K), box) for box in torch.cat([p, t['boxes']])]
@@ -321,15 +321,13 @@ def test_panoptic_combination_pixel_by_pixel():
 # ---- decoding
 
 def test_two_decodings_of_near_synonymous_clusters():
-    m = model(score_threshold=.05)
+    rules = dict(threshold=.05, nms_iou=.5, n_max=100)
     boxes = torch.tensor([[10., 10, 50, 50], [11., 10, 50, 50], [70., 10, 90, 40]])
     probs = torch.tensor([[.45, .40, .05, .10], [.40, .46, .04, .10], [.03, .03, .04, .90]])
-    split = m.roi_heads.choose(boxes, probs)
+    split, whole = (M.choose(boxes, probs, decode=d, **rules) for d in ('detectron2', 'objectness'))
     assert sorted(split['labels'].tolist()) == [0, 1]                      # one object, twice
-    m.roi_heads.decode = 'objectness'
-    whole = m.roi_heads.choose(boxes, probs)
     assert whole['labels'].tolist() == [0, 2] and torch.allclose(whole['scores'], torch.tensor([.9, .1]))
-    assert len(m.roi_heads.choose(boxes, torch.full((3, 4), float('nan')))['scores']) == 0
+    assert len(M.choose(boxes, torch.full((3, 4), float('nan')), decode='objectness', **rules)['scores']) == 0
 
 # ---- degenerate input
 
