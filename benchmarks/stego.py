@@ -16,7 +16,7 @@ import yaml
 from u2seg.features import ViTFeatures
 from u2seg.images import list_images, normalize, read_ids, read_image, read_json, resize_image, to_tensor
 from u2seg.matching import match_clusters, pixel_votes
-from u2seg.stego import PatchFeatures, fit_kmeans, fit_stego, gather_features, linear_probe, nearest_images, refit_probe, segment, write_semantic
+from u2seg.stego import PatchFeatures, extractor, fit_kmeans, fit_stego, gather_features, nearest_images, refit_probe, segment, write_semantic
 
 FIT = ('n_classes', 'code_dim', 'dropout', 'n_steps', 'batch_size', 'lr', 'lr_probe', 'w_self', 'w_knn', 'w_rand', 'b_self', 'b_knn', 'b_rand', 'n_points', 'n_random')
 
@@ -154,7 +154,7 @@ def main():
     args = q.parse_args()
     params = yaml.safe_load(Path(args.params).read_text()); p = params['stego']
     data = params.get('data', dict(root='data', train=['objects/train', 'scenes/train']))
-    vit = ViTFeatures.from_file(args.backbone); extract = getattr(vit, p['feature'])
+    vit = ViTFeatures.from_file(args.backbone); extract = extractor(vit, p['feature'])
     images = list_images(data['root'], data['train'])
     t = time.perf_counter(); features, pooled, _ = gather_features(PatchFeatures(extract, data['root'], images, size=p['size'], crops=p['crops']), max_gb=p['max_gb']); t_feat = time.perf_counter() - t
     neighbors = nearest_images(pooled, p['n_neighbors'])

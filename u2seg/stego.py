@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['INERT', 'RELEASED', 'unit', 'correspondence', 'correspondence_loss', 'random_points', 'sample', 'random_partners',
            'stego_loss', 'nearest_images', 'drop_channels', 'Head', 'probe_loss', 'cluster_cosines', 'spherical_kmeans',
-           'Labeller', 'training_view', 'PatchFeatures', 'gather_features', 'step_batch', 'fit_stego', 'all_codes',
-           'refit_probe', 'PcaHead', 'fit_kmeans', 'fit_labeller', 'linear_probe', 'patch_codes', 'pixel_probs',
-           'segment', 'read_semantic', 'collect_files', 'write_semantic', 'save_labeller', 'load_labeller', 'segmenter',
-           'load_stego_checkpoint']
+           'Labeller', 'training_view', 'extractor', 'PatchFeatures', 'gather_features', 'step_batch', 'fit_stego',
+           'all_codes', 'refit_probe', 'PcaHead', 'fit_kmeans', 'fit_labeller', 'linear_probe', 'patch_codes',
+           'pixel_probs', 'segment', 'read_semantic', 'collect_files', 'write_semantic', 'save_labeller',
+           'load_labeller', 'segmenter', 'load_stego_checkpoint']
 
 # %% ../nbs/50_stego.ipynb #imports
 import csv, hashlib, io, json, os, shutil
@@ -189,6 +189,18 @@ def training_view(image:np.ndarray,   # uint8 [H, W, 3]
     image = resize_image(image, (max(round(H * scale), size), max(round(W * scale), size)))
     y, x = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2
     return image[y:y + size, x:x + size]
+
+# %% ../nbs/50_stego.ipynb #extractor
+def extractor(vit,           # `ViTFeatures`
+              feature:str,   # 'patches' (the release), 'keys', or 'block0' ...: the tokens behind that block
+              )->Callable:   # normalized images [b, 3, H, W] -> [b, d, h, w]
+    "The features of a backbone by name."
+    n = len(vit.vit.blocks)
+    allowed = ['patches', 'keys', *(f'block{i}' for i in range(n))]
+    if feature not in allowed: raise ValueError(f'feature must be one of {", ".join(allowed)}, got {feature!r}')
+    if not feature.startswith('block'): return getattr(vit, feature)
+    def tokens(images): return vit.vit.get_intermediate_layers(images.to(vit.dtype), n=[int(feature[5:])], reshape=True)[0].float()
+    return torch.no_grad()(tokens)
 
 # %% ../nbs/50_stego.ipynb #PatchFeatures
 class PatchFeatures:
@@ -468,7 +480,7 @@ def segmenter(path:str|Path, # written by `save_labeller`, settings with `featur
               )->Callable:   # list of uint8 [H, W, 3] -> list of uint8 [H, W]
     "The stage's way from images to stuff maps, rebuilt from its file."
     labeller, s = load_labeller(path, next(vit.parameters()).device)
-    return lambda images: segment(labeller, getattr(vit, s['feature']), images, size=s['size'], patch_size=vit.patch_size, alpha=s['alpha'], flip=s['flip'], crf=s['crf'])
+    return lambda images: segment(labeller, extractor(vit, s['feature']), images, size=s['size'], patch_size=vit.patch_size, alpha=s['alpha'], flip=s['flip'], crf=s['crf'])
 
 # %% ../nbs/50_stego.ipynb #load_stego_checkpoint
 class _Inert:
