@@ -108,6 +108,7 @@ def test_lattice_from_its_definition():
     sxy, srgb = 4., 30.
     radix, scale = crf._radix(9, 11, sxy, srgb), (crf._SCALE/[sxy, sxy, srgb, srgb, srgb]).astype(np.float32)
     index, weight, points, table = crf._number(image, scale, radix)
+    index, weight = index.reshape(-1, 6), weight.reshape(-1, 6)
     up, down = crf._neighbours(points, table, radix)
     v = decode(points, radix)
     assert len(np.unique(v, axis=0)) == len(points)
@@ -132,7 +133,7 @@ def test_filter_has_gaussian_width():
     image = np.full((60, 60, 3), 100, np.uint8)
     lat = lattice(torch.from_numpy(image), sxy=6., srgb=5.)
     x = torch.zeros(1, 3600); x[0, 30*60 + 30] = 1
-    k = crf._compiled_filter(lat)(x).view(60, 60).double()
+    k = crf._compiled_filter(lat)(x, 1, torch.zeros_like(x)).view(60, 60).double()
     d = (torch.arange(60) - 30).double()
     total = k.sum()
     assert abs(float(((k.sum(0)*d*d).sum()/total)**.5) - 6) < .6
@@ -153,7 +154,7 @@ def test_table_growth():
     a, b = (lattice(torch.from_numpy(image), sxy=5., srgb=4., compiled=c) for c in (True, False))
     assert a.up.shape[1] == b.up.shape[1] > 1 << 15
     x = torch.rand(1, 120*130)
-    torch.testing.assert_close(crf._compiled_filter(a)(x), crf._torch_filter(b)(x), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(crf._compiled_filter(a)(x, 1, torch.zeros_like(x)), crf._torch_filter(b)(x, 1, torch.zeros_like(x)), atol=1e-5, rtol=1e-4)
 
 
 def test_two_labels_are_one_channel():

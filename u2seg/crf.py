@@ -100,33 +100,47 @@ def _slot(table, points, key):
     while table[h] >= 0 and points[np.uint32(table[h])] != key: h = (h + np.uint64(1)) & mask
     return h
 
+# %% ../nbs/21_crf.ipynb #number_pixel
+@_compile
+def _number_pixel(key, left, above, index, y, x, table, points, m):
+    "Numbers of the corners of one pixel; most often the pixel on its left or above it has them already. The count of points so far."
+    for k in range(6):
+        if x and left[k] == key[k]: index[y, x, k] = index[y, x - 1, k]
+        elif y and above[k] == key[k]: index[y, x, k] = index[y - 1, x, k]
+        else:
+            s = _slot(table, points, key[k])
+            if table[s] < 0: table[s], points[m] = m, key[k]; m += 1
+            index[y, x, k] = table[s]
+    return m
+
 # %% ../nbs/21_crf.ipynb #number
+_TILE = 24                                                       # px; points get their numbers tile by tile, so that neighbours lie close in memory
+
 @_compile
 def _number(image, scale, radix):
-    "Of uint8 [H, W, 3]: corners int32 [N, 6], numbered as they appear; their weights float32 [N, 6]; the points' keys int64 [M]; the hash table."
+    "Of uint8 [H, W, 3]: corners int32 [H, W, 6], numbered as they appear; their weights float32 [H, W, 6]; the points' keys int64 [M]; the hash table."
     H, W = image.shape[:2]
     index, weight = np.empty((H, W, 6), np.int32), np.empty((H, W, 6), np.float32)
     e, r, rank = np.empty((6, W), np.float32), np.empty((6, W), np.int32), np.empty((6, W), np.int32)
-    row, above = np.empty((W, 6), np.int64), np.empty((W, 6), np.int64)
+    key = np.empty((_TILE + 1, W, 6), np.int64)                   # of one band of tiles, and of the row above it
     table, points, m = np.full(1 << 16, -1, np.int32), np.empty(1 << 15, np.int64), 0
-    for y in range(H):
-        _elevate(image[y], y, scale, e, r, rank)
-        _corners(e, r, rank, radix, weight[y], row)
-        while m + 6*W > len(points):                              # half full: double
+    for top in range(0, H, _TILE):
+        rows = min(_TILE, H - top)
+        for y in range(rows):
+            _elevate(image[top + y], top + y, scale, e, r, rank)
+            _corners(e, r, rank, radix, weight[top + y], key[y + 1])
+        while m + 6*W*rows > len(points):                         # half full: double
             old, points, table = points, np.empty(2*len(points), np.int64), np.full(2*len(table), -1, np.int32)
             for p in range(m):
                 points[p] = old[p]
                 table[_slot(table, points, points[p])] = p
+        for left in range(0, W, _TILE):
+            for y in range(rows):
+                for x in range(left, min(left + _TILE, W)):
+                    m = _number_pixel(key[y + 1, x], key[y + 1, x - 1 if x else x], key[y, x] if top + y else key[y + 1, x], index, top + y, x, table, points, m)
         for x in range(W):
-            for k in range(6):
-                if x >= 1 and row[x - 1, k] == row[x, k]: index[y, x, k] = index[y, x - 1, k]    # most often the left pixel's
-                elif y >= 1 and above[x, k] == row[x, k]: index[y, x, k] = index[y - 1, x, k]    # or the one's above
-                else:
-                    s = _slot(table, points, row[x, k])
-                    if table[s] < 0: table[s], points[m] = m, row[x, k]; m += 1
-                    index[y, x, k] = table[s]
-        row, above = above, row
-    return index.reshape(-1, 6), weight.reshape(-1, 6), points[:m], table
+            for k in range(6): key[0, x, k] = key[rows, x, k]
+    return index, weight, points[:m], table
 
 # %% ../nbs/21_crf.ipynb #neighbours
 @_compile
@@ -143,8 +157,8 @@ def _neighbours(points, table, radix):
 
 # %% ../nbs/21_crf.ipynb #filter
 @_compile
-def _filter(x, index, weight, up, down, out):
-    "Splat float32 [N] onto the lattice, blur by (1/2, 1, 1/2) along each direction, slice into `out`."
+def _filter(x, index, weight, up, down, factor, out):
+    "Splat float32 [N] onto the lattice, blur by (1/2, 1, 1/2) along each direction, slice; `out` grows by `factor` times the result."
     m = up.shape[1]
     v, t, half = np.zeros(m + 1, np.float32), np.zeros(m + 1, np.float32), np.float32(.5)
     for i in range(len(x)):
@@ -156,7 +170,7 @@ def _filter(x, index, weight, up, down, out):
     for i in range(len(out)):
         s = np.float32(0)
         for k in range(6): s += weight[i, k]*v[np.uint32(index[i, k])]
-        out[i] = s
+        out[i] += factor*s
 
 # %% ../nbs/21_crf.ipynb #gaussian
 @_compile
@@ -165,20 +179,20 @@ def _add_taps(a, b, c, d, s, t, out):
     for i in range(len(out)): out[i] += s*(a[i] + b[i]) + t*(c[i] + d[i])
 
 @_compile
-def _gaussian(x, n, taps, out):
-    "n G n x of float32 [H, W]: the symmetric `taps` [r+1], r even, along both axes; outside is zero."
+def _gaussian(x, n, taps, factor, out):
+    "`out` grows by `factor` n G n x, all float32 [H, W]: the symmetric `taps` [r+1], r even, along both axes; outside is zero."
     H, W = x.shape
     r = len(taps) - 1
-    inside, row = np.zeros((H + 2*r, W), np.float32), np.zeros(W + 2*r, np.float32)
+    inside, row, across = np.zeros((H + 2*r, W), np.float32), np.zeros(W + 2*r, np.float32), np.empty(W, np.float32)
     for y in range(H):
         for i in range(W): inside[r + y, i] = n[y, i]*x[y, i]
     for y in range(H):
-        down, across, ny = row[r:r + W], out[y], n[y]
+        down, to, ny = row[r:r + W], out[y], n[y]
         for i in range(W): down[i] = taps[0]*inside[r + y, i]
         for t in range(1, r, 2): _add_taps(inside[r + y - t], inside[r + y + t], inside[r + y - t - 1], inside[r + y + t + 1], taps[t], taps[t + 1], down)
         for i in range(W): across[i] = taps[0]*down[i]
         for t in range(1, r, 2): _add_taps(row[r - t:], row[r + t:], row[r - t - 1:], row[r + t + 1:], taps[t], taps[t + 1], across)
-        for i in range(W): across[i] *= ny[i]
+        for i in range(W): to[i] += factor*ny[i]*across[i]
 
 # %% ../nbs/21_crf.ipynb #lattice
 def lattice(image:Tensor,        # uint8 [H, W, 3]
@@ -191,7 +205,7 @@ def lattice(image:Tensor,        # uint8 [H, W, 3]
     radix, scale = _radix(H, W, sxy, srgb), (_SCALE/[sxy, sxy, srgb, srgb, srgb]).astype(np.float32)
     if not compiled: return _torch_lattice(image, torch.from_numpy(scale).to(image.device), torch.from_numpy(radix).to(image.device))
     index, weight, points, table = _number(np.ascontiguousarray(image.numpy()), scale, radix)
-    return Lattice(*map(torch.from_numpy, (index, weight, *_neighbours(points, table, radix))))
+    return Lattice(*map(torch.from_numpy, (index.reshape(-1, 6), weight.reshape(-1, 6), *_neighbours(points, table, radix))))
 
 # %% ../nbs/21_crf.ipynb #torch_lattice
 def _torch_simplices(image, scale, radix):
@@ -232,66 +246,64 @@ def _torch_splat(lat):
     return lambda x: F.embedding_bag(order//6, x.T.contiguous(), begin, mode='sum', per_sample_weights=weight)
 
 def _torch_filter(lat):
-    "Function float [c, N] -> [c, N]: `_filter` as torch operations."
+    "`_filter` as torch operations: a function that adds `factor` times the filtered x [c, N] to `out`."
     splat = _torch_splat(lat)
-    def run(x):
+    def run(x, factor, out):
         v = splat(x)
         for up, down in zip(lat.up, lat.down):
             padded = F.pad(v, (0, 0, 0, 1))
             v = v + .5*(padded[up] + padded[down])
-        return F.embedding_bag(lat.index, v, mode='sum', per_sample_weights=lat.weight).T
+        return out.add_(F.embedding_bag(lat.index, v, mode='sum', per_sample_weights=lat.weight).T, alpha=factor)
     return run
 
 # %% ../nbs/21_crf.ipynb #compiled_filter
-def _compiled_filter(lat, n_threads=1):
-    "Function float [c, N] -> [c, N]: `_filter` for each channel, channels side by side in threads."
-    arrays = [t.numpy() for t in lat]
-    def run(x):
-        out = torch.empty_like(x)
-        _each(n_threads, lambda a, b: _filter(a, *arrays, b), x.numpy(), out.numpy())
-        return out
-    return run
+def _each(n_threads, f, x, out):
+    "f(channel of x, channel of out), channels side by side in threads."
+    if n_threads == 1 or len(x) == 1: list(map(f, x.numpy(), out.numpy()))
+    else:
+        with ThreadPoolExecutor(n_threads) as pool: list(pool.map(f, x.numpy(), out.numpy()))
+    return out
 
-def _each(n_threads, f, *lists):
-    if n_threads == 1 or len(lists[0]) == 1: return list(map(f, *lists))
-    with ThreadPoolExecutor(n_threads) as pool: return list(pool.map(f, *lists))
+def _compiled_filter(lat, n_threads=1):
+    "A function that adds `factor` times the filtered x [c, N] to `out`."
+    arrays = [t.numpy() for t in lat]
+    return lambda x, factor, out: _each(n_threads, lambda a, b: _filter(a, *arrays, np.float32(factor), b), x, out)
 
 # %% ../nbs/21_crf.ipynb #bilateral
 def _bilateral(image, weight, sxy, srgb, compiled, n_threads):
-    "Function q [c, H, W] -> weight n K n q for the kernel over place and colour; n = (K 1)^-1/2."
+    "The kernel over place and colour: a function that adds `factor` weight n K n q to `out`, both [c, N]; n = (K 1)^-1/2."
     make = partial(_compiled_filter, n_threads=n_threads) if compiled else _torch_filter
     lat = lattice(image, sxy=sxy, srgb=srgb, compiled=compiled)
-    ones = torch.ones(1, len(lat.index), device=image.device)
-    n = make(lat)(ones)[0].rsqrt()*weight**.5
-    run = make(lat._replace(weight=lat.weight*n[:, None]))
-    return lambda q: run(q.flatten(1)).view(q.shape)
+    ones = lat.weight.new_ones(1, len(lat.index))
+    n = make(lat)(ones, 1, torch.zeros_like(ones))[0].rsqrt()*weight**.5
+    return make(lat._replace(weight=lat.weight*n[:, None]))
 
 # %% ../nbs/21_crf.ipynb #spatial
 def _compiled_gaussian(taps, n, n_threads=1):
-    "Function q [c, H, W] -> n G n q: `_gaussian` for each channel."
-    def run(q):
-        out = torch.empty_like(q)
-        _each(n_threads, lambda a, b: _gaussian(a, n.numpy(), taps.numpy(), b), q.numpy(), out.numpy())
-        return out
-    return run
+    "A function that adds `factor` n G n x to `out`, both [c, N]."
+    return lambda x, factor, out: _each(n_threads, lambda a, b: _gaussian(a.reshape(n.shape), n.numpy(), taps.numpy(), np.float32(factor), b.reshape(n.shape)), x, out)
 
 def _torch_gaussian(taps, n):
-    "Function q [c, H, W] -> n G n q: `_gaussian` as torch operations."
+    "The same as torch operations."
     k, r = torch.cat([taps.flip(0), taps[1:]]), len(taps) - 1
-    return lambda q: n*F.conv2d(F.conv2d((n*q)[:, None], k.view(1, 1, -1, 1), padding=(r, 0)), k.view(1, 1, 1, -1), padding=(0, r))[:, 0]
+    def run(x, factor, out):
+        y = F.conv2d(F.conv2d((n*x.view(-1, *n.shape))[:, None], k.view(1, 1, -1, 1), padding=(r, 0)), k.view(1, 1, 1, -1), padding=(0, r))[:, 0]
+        return out.add_((n*y).flatten(1), alpha=factor)
+    return run
 
 def _spatial(image, weight, sxy, compiled, n_threads):
-    "Function q [c, H, W] -> weight n G n q for the kernel over place alone: a Gaussian cut at 4 deviations, no lattice."
+    "The kernel over place alone: a function that adds `factor` weight n G n q to `out`, both [c, N]; a Gaussian cut at 4 deviations, no lattice."
     make = partial(_compiled_gaussian, n_threads=n_threads) if compiled else _torch_gaussian
     taps = torch.exp(-.5*(torch.arange(2*math.ceil(2*sxy) + 1, device=image.device)/sxy)**2)
-    ones = torch.ones(1, *image.shape[:2], device=image.device)
-    return make(taps, make(taps, ones[0])(ones)[0].rsqrt()*weight**.5)
+    ones = torch.ones(image.shape[:2], device=image.device)
+    n = make(taps, ones)(ones.view(1, -1), 1, torch.zeros_like(ones).view(1, -1)).rsqrt()*weight**.5
+    return make(taps, n.view(ones.shape))
 
 # %% ../nbs/21_crf.ipynb #check
 def _tensor(a): return torch.from_numpy(np.require(a, requirements=['C', 'W'])) if isinstance(a, np.ndarray) else a
 
 def _prepare(image, prob, n_iter, gauss_weight, gauss_sxy, bilateral_weight, bilateral_sxy, bilateral_srgb, compiled, n_threads):
-    "Check the arguments; the picture, the probabilities float32, and a function q -> message for each kernel."
+    "Check the arguments; the picture, the probabilities float32, and for each kernel a function that adds its messages."
     image, prob = _tensor(image), _tensor(prob)
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape: raise ValueError(f'image must be uint8 [H, W, 3], got {str(image.dtype)[6:]} {list(image.shape)}')
     if prob.ndim != 3 or prob.shape[1:] != image.shape[:2]: raise ValueError(f'prob must be [c, {image.shape[0]}, {image.shape[1]}] to fit the image, got {list(prob.shape)}')
@@ -308,11 +320,6 @@ def _prepare(image, prob, n_iter, gauss_weight, gauss_sxy, bilateral_weight, bil
     if bilateral_weight: kernels.append(_bilateral(image, bilateral_weight, bilateral_sxy, bilateral_srgb, compiled, n_threads))
     return prob, kernels
 
-def _add(z, kernels, q, factor=1):
-    "z plus `factor` times the messages of all kernels, in a new tensor."
-    for kernel in kernels: z = torch.add(z, kernel(q), alpha=factor)
-    return z
-
 # %% ../nbs/21_crf.ipynb #dense_crf
 def dense_crf(image:np.ndarray|Tensor,   # uint8 [H, W, 3]
               prob:np.ndarray|Tensor,    # [c, H, W] probabilities of c labels; where it lies (array, CPU, GPU) the work is done
@@ -324,10 +331,13 @@ def dense_crf(image:np.ndarray|Tensor,   # uint8 [H, W, 3]
               )->np.ndarray|Tensor:      # float32 [c, H, W], sums to 1 over c; of the kind of `prob`
     "Mean field of the fully connected CRF with Potts labels (Kraehenbuehl and Koltun, 2011)."
     p, kernels = _prepare(image, prob, n_iter, gauss_weight, gauss_sxy, bilateral_weight, bilateral_sxy, bilateral_srgb, compiled, n_threads)
-    log_p = p.clamp(1e-5, 1).log()
-    q = log_p.softmax(0)
-    for _ in range(n_iter): q = _add(log_p, kernels, q).softmax(0)
-    return q.numpy() if isinstance(prob, np.ndarray) else q
+    log_p = p.clamp(1e-5, 1).log().flatten(1)                     # [c, N]
+    q, z = log_p.softmax(0), torch.empty_like(log_p)
+    for _ in range(n_iter):
+        z.copy_(log_p)
+        for add in kernels: add(q, 1, z)
+        torch.softmax(z, 0, out=q)
+    return q.view(p.shape).numpy() if isinstance(prob, np.ndarray) else q.view(p.shape)
 
 # %% ../nbs/21_crf.ipynb #binary_crf
 def binary_crf(image:np.ndarray|Tensor,  # uint8 [H, W, 3]
@@ -337,10 +347,15 @@ def binary_crf(image:np.ndarray|Tensor,  # uint8 [H, W, 3]
                )->np.ndarray|Tensor:     # float32 [m, H, W], foreground
     "`dense_crf` of (1 - prob, prob) for every mask: one lattice for all, one channel a mask."
     p, kernels = _prepare(image, prob, n_iter, gauss_weight, gauss_sxy, bilateral_weight, bilateral_sxy, bilateral_srgb, compiled, n_threads)
-    odds = p.clamp(1e-5, 1).log() - (1 - p).clamp(1e-5, 1).log()
-    q, odds = odds.sigmoid(), _add(odds, kernels, torch.ones_like(p[:1]), -1)
-    for _ in range(n_iter): q = _add(odds, kernels, q, 2).sigmoid()
-    return q.numpy() if isinstance(prob, np.ndarray) else q
+    odds = (p.clamp(1e-5, 1).log() - (1 - p).clamp(1e-5, 1).log()).flatten(1)  # [m, N]
+    q, z, both = odds.sigmoid(), torch.empty_like(odds), torch.zeros_like(odds[:1])
+    for add in kernels: add(torch.ones_like(both), 1, both)       # the messages of q and of 1 - q add up to this
+    odds -= both
+    for _ in range(n_iter):
+        z.copy_(odds)
+        for add in kernels: add(q, 2, z)
+        torch.sigmoid(z, out=q)
+    return q.view(p.shape).numpy() if isinstance(prob, np.ndarray) else q.view(p.shape)
 
 # %% ../nbs/21_crf.ipynb #refine_masks
 def refine_masks(image:np.ndarray|Tensor, # uint8 [H, W, 3]
