@@ -60,7 +60,7 @@ def read_weights(path:str|Path, # .safetensors, .pth or .pt
             with safe_open(path, 'pt') as f: return {k: f.get_tensor(k) for k in f.keys()}
         with torch.serialization.safe_globals([argparse.Namespace]):           # DINO's full checkpoints keep their arguments
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e: raise ValueError(f'{path}: not a readable weight file ({type(e).__name__}: {str(e).splitlines()[0][:150]})') from None
+    except Exception as e: raise ValueError(f'{path}: not a readable weight file ({type(e).__name__}: {str(e)[:150]})') from None
     if not isinstance(checkpoint, dict): raise ValueError(f'{path}: holds a {type(checkpoint).__name__}, not named tensors')
     return dino_state(checkpoint)
 
@@ -80,9 +80,10 @@ def build_vit(model:str|dict, # a timm name; or arguments of timm's `VisionTrans
     "A timm ViT without classifier that takes any image size."
     if isinstance(model, dict): return _small_vit(**model)
     try: vit = timm.create_model(model, pretrained=pretrained, num_classes=0, dynamic_img_size=True)
-    except (RuntimeError, ValueError, TypeError) as e: raise ValueError(f'model {model!r}: {e}') from None
+    except TypeError: vit = None                                               # not a ViT: it does not know the argument
+    except (RuntimeError, ValueError) as e: raise ValueError(f'model {model!r}: {e}') from None
     if not isinstance(vit, (VisionTransformer, Eva)) or not isinstance(vit.blocks[-1], (Block, EvaBlock)):
-        raise ValueError(f'model {model!r} must be a plain pre-norm ViT of timm, got {type(vit).__name__}')
+        raise ValueError(f'model {model!r} must be a plain pre-norm ViT of timm')
     return vit
 
 def _small_vit(img_size:int, embed_dim:int, depth:int, num_heads:int, patch_size:int=8, stem_channels:list|None=None)->VisionTransformer:
@@ -171,20 +172,24 @@ class ViTFeatures(nn.Module):
     def cls(self, images:Tensor)->Tensor: return self(images, ('cls',))['cls']             # [b, d]
 
 # %% ../nbs/10_features.ipynb #write_backbone
-def write_backbone(path:str|Path, vit:VisionTransformer,
-                   model:dict): # what `build_vit` rebuilds it from
-    "Weights as .safetensors with their model's description, written atomically."
+def write_backbone(path:str|Path, vit:nn.Module,
+                   model:str|dict, # what `build_vit` rebuilds it from
+                   *, interpolation:str='timm'):
+    "Weights as .safetensors with a description of their model, written atomically."
+    about = ({'name': model} if isinstance(model, str) else model) | {'interpolation': interpolation}
     state = {k: v.detach().cpu().contiguous() for k, v in vit.state_dict().items()}
-    write_atomic(path, save(state, {'model': json.dumps(model, sort_keys=True)}))
+    write_atomic(path, save(state, {'model': json.dumps(about, sort_keys=True)}))   # one entry: safetensors shuffles several
 
 # %% ../nbs/10_features.ipynb #from_file
 def from_file(path:str|Path, # .safetensors written by `write_backbone`
-              *, dtype:torch.dtype=torch.float32, interpolation:str='timm')->ViTFeatures:
+              *, dtype:torch.dtype=torch.float32)->ViTFeatures:
     "Rebuild a model from a file that carries its own description."
     if Path(path).suffix != '.safetensors': raise ValueError(f'{path}: only .safetensors files describe their model; use ViTFeatures(model, weights)')
-    read_weights(path)
-    with safe_open(path, 'pt') as f: model = (f.metadata() or {}).get('model')
-    if model is None: raise ValueError(f'{path} does not say which model it holds; use ViTFeatures(model, weights)')
-    return ViTFeatures(json.loads(model), path, dtype=dtype, interpolation=interpolation)
+    read_weights(path)                                                         # names what is wrong with the file
+    with safe_open(path, 'pt') as f: about = (f.metadata() or {}).get('model')
+    if about is None: raise ValueError(f'{path} does not say which model it holds; use ViTFeatures(model, weights)')
+    about = json.loads(about)
+    interpolation = about.pop('interpolation', 'timm')
+    return ViTFeatures(about.get('name', about), path, dtype=dtype, interpolation=interpolation)
 
 ViTFeatures.from_file = staticmethod(from_file)
