@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 import yaml
 
+from u2seg.correspondence import nearest_images
 from u2seg.features import ViTFeatures
 from u2seg.images import list_images, normalize, read_ids, read_image, read_json, resize_image, to_tensor
+from u2seg.labeller import PatchFeatures, extractor, gather_features, segment, write_semantic
 from u2seg.matching import match_clusters, pixel_votes
-from u2seg.stego import PatchFeatures, extractor, fit_kmeans, fit_stego, gather_features, nearest_images, refit_probe, segment, write_semantic
+from u2seg.stego import fit_kmeans, fit_stego, refit_probe
 
 FIT = ('n_classes', 'code_dim', 'dropout', 'n_steps', 'batch_size', 'lr', 'lr_probe', 'w_self', 'w_knn', 'w_rand', 'b_self', 'b_knn', 'b_rand', 'n_points', 'n_random')
 

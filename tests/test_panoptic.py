@@ -8,8 +8,8 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from u2seg.images import encode_rle, instances_json, mask_to_box, read_ids, read_json, write_png
+from u2seg.labeller import read_semantic
 from u2seg.panoptic import categories, merge, stuff_map, write_labels
-from u2seg.stego import read_semantic
 
 N = 9
 

@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from u2seg import stego
+from u2seg import labeller as labelling, stego
+from u2seg.correspondence import correspondence_loss, nearest_images, random_partners, random_points, sample, stego_loss
 from u2seg.images import normalize, read_image, to_tensor
-from u2seg.stego import (Head, Labeller, PatchFeatures, PcaHead, collect_files, correspondence_loss, fit_kmeans, fit_stego, gather_features, linear_probe, load_labeller,
-                         load_stego_checkpoint, nearest_images, pixel_probs, probe_loss, random_partners, random_points, read_semantic, refit_probe, sample, save_labeller,
-                         segment, spherical_kmeans, stego_loss, step_batch, training_view, write_semantic)
+from u2seg.labeller import (Head, Labeller, PatchFeatures, PcaHead, collect_files, extractor, gather_features, load_labeller, pixel_probs, probe_loss, read_semantic, save_labeller, segment,
+                            segmenter, spherical_kmeans, training_view, write_semantic)
+from u2seg.stego import fit_kmeans, fit_labeller, fit_stego, linear_probe, load_stego_checkpoint, refit_probe, step_batch
 
 G = lambda seed=0: torch.Generator().manual_seed(seed)
 KNOBS = dict(w_self=.67, w_knn=.25, w_rand=.63, b_self=.08, b_knn=.02, b_rand=.3, n_points=4, n_random=2)
@@ -302,7 +303,7 @@ def test_export_resumes_and_survives_the_pipelines_clearing(pictures, labeller, 
         assert m.shape == read_image(root/files[r['id'] - 1]['file_name']).shape[:2] and m.max() < 5 and np.bincount(m.ravel(), minlength=5).tolist() == r['counts']
     import shutil
     shutil.rmtree(root/'semantic')
-    monkeypatch.setattr(stego, 'segment', lambda *a, **k: 1 / 0)                 # finished work is not done again
+    monkeypatch.setattr(labelling, 'segment', lambda *a, **k: 1 / 0)                 # finished work is not done again
     run()
     assert want == {p.name: p.read_bytes() for p in (root/'semantic').iterdir()}
     labeller.clusters += 1
@@ -340,6 +341,29 @@ def test_kmeans_baseline_is_pca_and_smoothing():
     assert torch.allclose(smooth[:, :, 2, 2], lab.code(x)[:, :, 1:4, 1:4].mean((2, 3)), atol=1e-5)
     assert torch.allclose(smooth[:, :, 0, 0], lab.code(x)[:, :, :2, :2].mean((2, 3)), atol=1e-5)
     with pytest.raises(ValueError, match='odd'): PcaHead(lab.head.mean, basis, smooth=2)
+
+
+def test_segmenter_rebuilds_the_stage_from_its_file(tmp_path):
+    from u2seg.features import ViTFeatures
+    torch.manual_seed(0); vit = ViTFeatures(dict(img_size=32, patch_size=8, embed_dim=12, depth=2, num_heads=2))
+    image = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
+    lab = Labeller(Head(12, 4), torch.randn(5, 4, generator=G(4))).eval().requires_grad_(False)
+    for feature in ('patches', 'keys', 'block0'):
+        save_labeller(tmp_path/'head.safetensors', lab, dict(feature=feature, size=32, alpha=2., flip=True, crf=None))
+        want = segment(lab, extractor(vit, feature), [image], **ARGS)[0]
+        assert (segmenter(tmp_path/'head.safetensors', vit)([image])[0] == want).all()
+    seen = []; vit.vit.blocks[0].register_forward_hook(lambda m, i, o: seen.append(o))
+    got = extractor(vit, 'block0')(torch.zeros(1, 3, 32, 40))
+    assert torch.allclose(got, seen[0][:, 1:].transpose(1, 2).unflatten(2, (4, 5)))
+    with pytest.raises(ValueError, match='block0, block1, got'): extractor(vit, 'block2')
+
+
+def test_choice_of_labeller(features, tmp_path):
+    feats, neighbors = features; args = {k: v for k, v in FIT.items() if k != 'log_every'}
+    sgd, km, plain = (fit_labeller(feats, neighbors, labeller=l, probe=p, smooth=1, folder=tmp_path, **args) for l, p in (('stego', 'sgd'), ('stego', 'kmeans'), ('kmeans', 'sgd')))
+    assert torch.equal(sgd.code(feats), km.code(feats)) and not torch.equal(sgd.clusters, km.clusters) and isinstance(plain.head, PcaHead)
+    for bad in (dict(labeller='cause', probe='sgd'), dict(labeller='stego', probe='em')):
+        with pytest.raises(ValueError, match='cause|em'): fit_labeller(feats, neighbors, smooth=1, folder=tmp_path, **bad, **args)
 
 
 def release_names(code_dim=4):

@@ -15,7 +15,7 @@ from pycocotools import mask as coco_mask
 
 from .images import by_image, instances_json, write_ids, write_json, write_png
 from .stage import sharded
-from .stego import collect_files, read_semantic
+from .labeller import collect_files, read_semantic
 
 # %% ../nbs/60_panoptic.ipynb #paint_order
 def _paint_order(instances:list[dict], boxes:np.ndarray)->np.ndarray:
