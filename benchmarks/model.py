@@ -1,0 +1,93 @@
+"""Inference and training step of our engine beside detectron2's: equal weights, equal pictures, alternating, medians.
+
+    python benchmarks/model.py                          # the embedded student alone: images and iterations a second
+    python benchmarks/model.py --detectron2             # R50, k = 800, against detectron2 (it must be importable); writes results/model.md
+"""
+import argparse, statistics, sys, time
+from datetime import date
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]/'tests'))
+import u2seg.model as ours
+
+STUDENT = dict(n_things=24, n_stuff=12, depth=18, width=24, n_blocks=[1, 1, 2, 2], stem_kernel=5, stem_pool=False, norm='BN', fpn_norm='BN', fpn_first=3, fpn_channels=64, anchor_sizes=[16, 32, 56, 84],
+               anchor_ratios=[.6, 1., 1.6], rpn_batch=64, rpn_pre_train=400, rpn_pre_test=200, rpn_post_train=150, rpn_post_test=100, roi_batch=48, roi_positive=.34, canonical_size=112, sampling_ratio=2,
+               fc_dim=256, mask_pool=12, mask_dim=48, n_mask_convs=2, sem_dim=48, sem_loss_stride=2, decode='objectness', panoptic_area=64, min_size=128, max_size=128)
+
+def alternate(functions:dict, rounds:int)->dict[str, list[float]]:
+    "Seconds of each function, one after the other in each round; the first round is not counted."
+    out = {k: [] for k in functions}
+    for i in range(rounds + 1):
+        for k, f in functions.items():
+            start = time.perf_counter(); f()
+            if i: out[k].append(time.perf_counter() - start)
+    return out
+
+def pictures(n, h, w, n_things, n_stuff, n_labels=6):
+    g = torch.Generator().manual_seed(0)
+    images, targets = [torch.randint(0, 256, (3, h, w), generator=g).float() for _ in range(n)], []
+    for _ in range(n):
+        masks = torch.zeros(n_labels, h, w, dtype=torch.bool)
+        at = (torch.rand(n_labels, 2, generator=g) * torch.tensor([h * .6, w * .6])).int().tolist()
+        size = (torch.rand(n_labels, 2, generator=g) * torch.tensor([h * .3, w * .3]) + 8).int().tolist()
+        for m, (y, x), (a, b) in zip(masks, at, size): m[y:y + a, x:x + b] = True
+        boxes = torch.tensor([[x, y, x + b, y + a] for (y, x), (a, b) in zip(at, size)]).float()
+        targets.append(dict(boxes=boxes, labels=torch.randint(0, n_things, (n_labels,), generator=g), masks=masks, sem=torch.randint(0, n_stuff + 1, (h, w), generator=g)))
+    return images, targets
+
+def step(model, optimizer, images, targets):
+    loss = sum(model(images, targets).values())
+    optimizer.zero_grad(); loss.backward(); optimizer.step()
+
+def student(rounds):
+    torch.manual_seed(0)
+    model, (images, targets) = ours.build_model(STUDENT), pictures(8, 128, 128, 24, 12, 3)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    train = alternate(dict(train=lambda: step(model.train(), optimizer, images, targets)), rounds)['train']
+    model.eval()
+    with torch.inference_mode(): infer = alternate(dict(infer=lambda: model(images)), rounds)['infer']
+    return statistics.median(train), statistics.median(infer) / 8
+
+def beside_detectron2(rounds, height, width):
+    from test_detectron2_parity import as_detectron2, detectron2_config
+    from detectron2.modeling import build_model as build_detectron2
+    from detectron2.utils.events import EventStorage
+    torch.manual_seed(0)
+    mine = ours.build_model(dict(n_things=800, n_stuff=27, norm='BN', fpn_norm='BN', score_threshold=.0012, panoptic_score=.0012))     # random weights: thresholds low enough for 100 detections
+    theirs = build_detectron2(detectron2_config(mine.config))
+    theirs.load_state_dict(mine.state_dict())
+    images, targets = pictures(2, height, width, 800, 27)
+    own, other = (torch.optim.SGD(m.parameters(), 1e-6) for m in (mine, theirs))
+    def other_step():
+        with EventStorage(): loss = sum(theirs(as_detectron2(images, targets)).values())
+        other.zero_grad(); loss.backward(); other.step()
+    mine.train(); theirs.train()
+    train = alternate(dict(ours=lambda: step(mine, own, images, targets), theirs=other_step), rounds)
+    mine.eval(); theirs.eval()
+    with torch.inference_mode(): infer = alternate(dict(ours=lambda: mine(images[:1]), theirs=lambda: theirs(as_detectron2(images[:1]))), rounds)
+    return train, infer
+
+def row(name, times):
+    ours_s, theirs_s = (statistics.median(times[k]) for k in ('ours', 'theirs'))
+    pairs = sorted(b / a for a, b in zip(times['ours'], times['theirs']))
+    return f'| {name} | {ours_s:.2f} | {theirs_s:.2f} | {theirs_s / ours_s:.2f} ({pairs[0]:.2f} to {pairs[-1]:.2f}) |'
+
+if __name__ == '__main__':
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument('--detectron2', action='store_true'); p.add_argument('--rounds', type=int, default=5); p.add_argument('--threads', type=int, default=torch.get_num_threads())
+    p.add_argument('--size', type=int, nargs=2, default=[800, 1088], help='height and width of the pictures beside detectron2'); p.add_argument('--write', action='store_true', help='write results/model.md')
+    a = p.parse_args()
+    torch.set_num_threads(a.threads)
+    train, infer = student(a.rounds)
+    lines = [f'# The student, {date.today()}', '', f'torch {torch.__version__}, {a.threads} thread(s), medians of {a.rounds} rounds.', '',
+             f'Embedded student (128 px, batch 8): {train:.2f} s a training iteration, {infer * 1000:.0f} ms a picture at inference.']
+    if a.detectron2:
+        t, i = beside_detectron2(a.rounds, *a.size)
+        lines += ['', f'R50, k = 800, pictures of {a.size[0]} x {a.size[1]}, on CPU, alternating (ratio of the medians; range over the pairs):', '',
+                  '| | ours, s | detectron2, s | ratio |', '|---|---|---|---|', row('training step, batch 2', t), row('inference, one picture', i)]
+    print('\n'.join(lines))
+    if a.write:
+        out = Path(__file__).parent/'results'/'model.md'
+        out.parent.mkdir(exist_ok=True); out.write_text('\n'.join(lines) + '\n')
