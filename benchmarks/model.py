@@ -50,6 +50,15 @@ def student(rounds):
     with torch.inference_mode(): infer = alternate(dict(infer=lambda: model(images)), rounds)['infer']
     return statistics.median(train), statistics.median(infer) / 8
 
+def beside_torchvision(rounds):
+    "RoIAlign forward and backward at the student's size: 384 regions, 64 channels, 32 x 32 cells, 7 x 7 bins."
+    torch.manual_seed(0)
+    x, corner = torch.randn(8, 64, 32, 32).to(memory_format=torch.channels_last).requires_grad_(), torch.rand(384, 2) * 70
+    boxes, image = torch.cat([corner, corner + 8 + torch.rand(384, 2) * 48], 1), torch.arange(384) // 48
+    pooler, rois = ours.Pooler([2], size=7, sampling_ratio=2, canonical_size=1, canonical_level=0), torch.cat([image[:, None].float(), boxes], 1)
+    run = lambda f: f().sum().backward()
+    return alternate(dict(ours=lambda: run(lambda: pooler([x], boxes, image)), theirs=lambda: run(lambda: ours.roi_align(x, rois, 7, .25, 2, aligned=True))), 5 * rounds)
+
 def beside_detectron2(rounds, height, width):
     from test_detectron2_parity import as_detectron2, detectron2_config
     from detectron2.modeling import build_model as build_detectron2
@@ -72,7 +81,7 @@ def beside_detectron2(rounds, height, width):
 def row(name, times):
     ours_s, theirs_s = (statistics.median(times[k]) for k in ('ours', 'theirs'))
     pairs = sorted(b / a for a, b in zip(times['ours'], times['theirs']))
-    return f'| {name} | {ours_s:.2f} | {theirs_s:.2f} | {theirs_s / ours_s:.2f} ({pairs[0]:.2f} to {pairs[-1]:.2f}) |'
+    return f'| {name} | {ours_s:.3g} | {theirs_s:.3g} | {theirs_s / ours_s:.2f} ({pairs[0]:.2f} to {pairs[-1]:.2f}) |'
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__)
@@ -83,6 +92,7 @@ if __name__ == '__main__':
     train, infer = student(a.rounds)
     lines = [f'# The student, {date.today()}', '', f'torch {torch.__version__}, {a.threads} thread(s), medians of {a.rounds} rounds.', '',
              f'Embedded student (128 px, batch 8): {train:.2f} s a training iteration, {infer * 1000:.0f} ms a picture at inference.']
+    lines += ['', 'RoIAlign, forward and backward, 384 regions of the student:', '', '| | ours, s | torchvision, s | ratio |', '|---|---|---|---|', row('RoIAlign', beside_torchvision(a.rounds))]
     if a.detectron2:
         t, i = beside_detectron2(a.rounds, *a.size)
         lines += ['', f'R50, k = 800, pictures of {a.size[0]} x {a.size[1]}, on CPU, alternating (ratio of the medians; range over the pairs):', '',

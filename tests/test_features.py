@@ -217,7 +217,7 @@ def test_a_backbone_file_rebuilds_itself(tmp_path, model, interpolation):
     F.write_backbone(tmp_path/'c.safetensors', vit, model, interpolation=interpolation)
     f = F.ViTFeatures.from_file(tmp_path/'b.safetensors')
     assert (tmp_path/'b.safetensors').read_bytes() == (tmp_path/'c.safetensors').read_bytes() and f.interpolation == interpolation
-    assert all(torch.equal(a, b) for a, b in zip(f.vit.state_dict().values(), vit.state_dict().values()))
+    assert all(torch.equal(a.half(), b.half()) for a, b in zip(f.vit.state_dict().values(), vit.state_dict().values()))    # stored in half precision
 
 
 def test_a_file_without_description_is_refused(tmp_path):

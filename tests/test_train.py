@@ -1,5 +1,5 @@
 "Training: killed and resumed, in one process and in two, against plain formulas."
-import functools, json, math, os, signal
+import functools, math, os, signal, time
 
 import numpy as np
 import pytest
@@ -160,8 +160,26 @@ def test_two_processes_and_two_parts_give_the_losses_of_one(data, tmp_path):
     assert all(torch.allclose(w[0][k], w[1][k], atol=1e-5) for k in w[0])
 
 
-def test_a_fault_in_one_process_ends_all(data, tmp_path):
-    with pytest.raises(Exception, match='does not divide'): launch(functools.partial(run_pair, tmp_path, data, {**VIEWS, 'batch_size': 3}, RECIPE), 2)
+class StopsParent(Batches):
+    "Sends SIGTERM to the process that started this one, at batch 3."
+    def part(self, i, rank, world):
+        if i == 3:
+            got, handler = [], signal.getsignal(signal.SIGTERM)
+            signal.signal(signal.SIGTERM, lambda *a: (got.append(1), handler(*a)))
+            if rank == 0: os.kill(os.getppid(), signal.SIGTERM)
+            for _ in range(2000):                       # until the parent has passed it on
+                if not got: time.sleep(.05)
+        return super().part(i, rank, world)
+
+def run_stopped(folder, dataset, views, recipe):
+    return fit(Tiny('gn', chance=False), StopsParent(dataset, **views), folder=folder, **recipe)
+
+def test_stopped_processes_resume(data, tmp_path):
+    recipe = {**RECIPE, 'n_iters': 6, 'checkpoint_every': 100}
+    with pytest.raises(SystemExit): launch(functools.partial(run_stopped, tmp_path/'two', data, VIEWS, recipe), 2)
+    assert torch.load(tmp_path/'two'/'checkpoint.pt', weights_only=True)['next'] == 4       # the iteration in hand was finished and kept
+    one, two = (run_pair(tmp_path/d, data, VIEWS, recipe) for d in ('one', 'two'))          # going on with another number of processes
+    assert len(one) == len(two) == 2 and all(abs(a[k] - b[k]) < 1e-5 for a, b in zip(one, two) for k in a)
     with pytest.raises(ValueError, match='n_procs'): launch(lambda: None, 0)
 
 

@@ -62,13 +62,14 @@ def merged(instances:list[dict],  # of one image, category_id = cluster + 1
     under = (semantic + 1).astype(np.uint8)
     return dict(instances=boxed(instances), stuff=under, under=under, ids=ids.astype(np.uint16), segments=segments)
 
-# %% ../nbs/72_evaluate.ipynb #count_votes
+# %% ../nbs/72_evaluate.ipynb #class_maps
 def _class_maps(truth):
     "Image id and class index of each pixel, 0 ... C - 1 in the order of the category ids, 255 = void."
     table = {c: i for i, c in enumerate(truth['names'])}
     for a in truth['panoptic']['annotations']:
         yield a['image_id'], semantic_from_panoptic(read_ids(truth['maps']/a['file_name']), a['segments_info'], table)
 
+# %% ../nbs/72_evaluate.ipynb #count_votes
 def count_votes(records:dict[int, dict], # image id -> record
                 truth:dict,              # of `read_truth`
                 *, n_clusters:int, n_stuff:int, # clusters of things, of stuff
@@ -90,6 +91,7 @@ def count_votes(records:dict[int, dict], # image id -> record
         pixels += pixel_votes(label, np.where(classes_map == 255, 0, classes_map + 1), n_clusters=n_stuff, n_classes=len(classes))
     return dict(things=things, stuff=stuff, pixels=pixels)
 
+# %% ../nbs/72_evaluate.ipynb #choose
 def choose(votes:dict[str, np.ndarray], # of `count_votes`, or sums of them
            truth:dict, *, method:str)->dict[str, np.ndarray]: # the same keys: category id of each cluster, -1 = unmatched
     "Name the clusters."
@@ -99,7 +101,7 @@ def choose(votes:dict[str, np.ndarray], # of `count_votes`, or sums of them
         out[kind] = np.where(m >= 0, np.array(ids)[m], -1)
     return out
 
-# %% ../nbs/72_evaluate.ipynb #score
+# %% ../nbs/72_evaluate.ipynb #score_agnostic
 def _figures(gt, dt, class_agnostic, prefix):
     "AP50, AP, AR100 of boxes and masks."
     scores = {t: instance_ap(gt, dt, iou_type=i, class_agnostic=class_agnostic) for t, i in (('box', 'bbox'), ('mask', 'segm'))}
@@ -110,6 +112,7 @@ def score_agnostic(records:dict[int, dict], truth:dict)->dict[str, float]: # agn
     one = truth['things'][0]
     return _figures(truth['instances'], [dict(d, category_id=one) for r in records.values() for d in r['instances']], True, 'agnostic_')
 
+# %% ../nbs/72_evaluate.ipynb #semantic_map
 def _named(record, table):
     "The panoptic prediction of a record with the classes' ids: map and segments; what has no class is void."
     segments = [dict(s, category_id=c) for s in record['segments'] if (c := table[s['category_id']]) >= 0]
@@ -122,6 +125,7 @@ def semantic_map(record:dict, mapping:dict[str, np.ndarray])->np.ndarray: # int3
     table = dict(enumerate(np.concatenate([mapping['things'], mapping['stuff']]).tolist(), 1))
     return np.where(record['ids'] == 0, stuff[record['under']], semantic_from_panoptic(record['ids'], record['segments'], table, void=-1)).astype(np.int32)
 
+# %% ../nbs/72_evaluate.ipynb #score
 def score(records:dict[int, dict], # image id -> record, every image of `truth`
           truth:dict, mapping:dict[str, np.ndarray], # of `choose`
           )->dict[str, float]: # what the records allow of box_AP50 ..., PixelAcc, mIoU, PQ, SQ, RQ and these for things and stuff
@@ -134,6 +138,7 @@ def score(records:dict[int, dict], # image id -> record, every image of `truth`
     if 'ids' in one: out |= _panoptic(records, truth, mapping)[0]
     return out
 
+# %% ../nbs/72_evaluate.ipynb #score-parts
 def _semantic(records, truth, mapping):
     index, n = {c: i for i, c in enumerate(truth['names'])}, len(truth['names'])
     confusion = sum(confusion_matrix(t, remap(semantic_map(records[i], mapping), index, other=n), n_truth=n, n_pred=n) for i, t in _class_maps(truth))

@@ -175,9 +175,9 @@ class ViTFeatures(nn.Module):
 def write_backbone(path:str|Path, vit:nn.Module,
                    model:str|dict, # what `build_vit` rebuilds it from
                    *, interpolation:str='timm'):
-    "Weights as .safetensors with a description of their model, written atomically."
+    "Weights in half precision as .safetensors with a description of their model, written atomically."
     about = ({'name': model} if isinstance(model, str) else model) | {'interpolation': interpolation}
-    state = {k: v.detach().cpu().contiguous() for k, v in vit.state_dict().items()}
+    state = {k: v.detach().cpu().to(torch.float16 if v.is_floating_point() else v.dtype).contiguous() for k, v in vit.state_dict().items()}
     write_atomic(path, save(state, {'model': json.dumps(about, sort_keys=True)}))   # one entry: safetensors shuffles several
 
 # %% ../nbs/10_features.ipynb #from_file

@@ -39,13 +39,11 @@ def token_links(keys:Tensor,   # float [b, d, n], one column a token; any length
 # %% ../nbs/20_ncut.ipynb #link_product
 def _fixed_point_product(links, u):
     "`links @ u` for one image by four int8 digits of `u`; exact but for what `u` holds below 2**-27 of its largest entry."
-    power = 6 - torch.frexp(u.abs().max()).exponent
-    rest, unit, out = torch.ldexp(u, power), torch.ldexp(torch.ones((), dtype=torch.float64), -power), 0.
-    for _ in range(4):
-        digit = rest.round()
-        out = out + torch._int_mm(links, digit.to(torch.int8)[:, None])[:, 0]*unit
-        rest, unit = (rest - digit)*128, unit/128
-    return out.to(u.dtype)
+    unit = torch.ldexp(torch.ones(4, dtype=torch.float64), torch.frexp(u.abs().max()).exponent - torch.tensor([6, 13, 20, 27]))
+    whole = (u/unit[:, None]).round_()                     # [4, n], float64
+    whole[1:] -= 128*whole[:-1]                            # what each digit adds to the ones before it
+    sums = [torch._int_mm(links, c[:, None]) for c in whole.to(torch.int8)]
+    return (torch.cat(sums, 1).double() @ unit).to(u.dtype)
 
 def link_product(links:Tensor, # [b, n, n] from `token_links`
                  u:Tensor,     # float32 [b, n]
