@@ -364,10 +364,10 @@ def load_clusters(folder:str|Path)->Clusters:
     recipe = read_json(folder/'clusters.json')
     k, pca = recipe.pop('k'), recipe.pop('pca')
     try:
-        centroids, given = np.load(folder/'centroids.npy'), dict(np.load(folder/'pca.npz')) if pca else {}
+        centroids, given = np.load(folder/'centroids.npy'), dict(np.load(folder/'pca.npz'))
     except (OSError, ValueError) as e: raise ValueError(f'{folder}: not a folder of clusters ({e})') from None
-    if len(centroids) != k or (pca and given['components'].shape[0] != pca): raise ValueError(f'{folder}: clusters.json tells of {k} clusters and {pca} components, the files hold others')
-    return Clusters(centroids, recipe, given.get('mean'), given.get('components'))
+    if len(centroids) != k or len(given['components']) != pca: raise ValueError(f'{folder}: clusters.json tells of {k} clusters and {pca} components, the files hold others')
+    return Clusters(centroids, recipe, **given) if pca else Clusters(centroids, recipe)
 
 Clusters.save, Clusters.from_folder = save_clusters, staticmethod(load_clusters)
 

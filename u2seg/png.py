@@ -78,6 +78,17 @@ def _lengths(src, p, end, lengths, table):
         p, i = p + bits, stop
     return n, d, p if i == n + d else -1
 
+# %% ../nbs/68_png.ipynb #copy
+@njit(cache=True, nogil=True)
+def _copy(place, value, o, m, d, n):
+    "Append what lies `d` bytes before the next `n` bytes; the new number of entries."
+    if m == 0 or place[m - 1] < o - d: return m
+    i = np.searchsorted(place[:m], o - d)
+    while i < m and place[i] < o - d + n and m < len(place):
+        place[m], value[m] = place[i] + d, value[i]
+        i, m = i + 1, m + 1
+    return m
+
 # %% ../nbs/68_png.ipynb #block
 _BASE = np.array([3, 4, 5, 6, 7, 8, 9, 10, 11, 13, 15, 17, 19, 23, 27, 31, 35, 43, 51, 59, 67, 83, 99, 115, 131, 163, 195, 227, 258])
 _EXTRA = np.array([0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, 5, 5, 5, 5, 0])
@@ -108,16 +119,6 @@ def _block(src, p, end, lit, dist, place, value, o, m):
         m = _copy(place, value, o, m, d, n)
         o += n
     return -1, o, m
-
-@njit(cache=True, nogil=True)
-def _copy(place, value, o, m, d, n):
-    "Append what lies `d` bytes before the next `n` bytes; the new number of entries."
-    if m == 0 or place[m - 1] < o - d: return m
-    i = np.searchsorted(place[:m], o - d)
-    while i < m and place[i] < o - d + n and m < len(place):
-        place[m], value[m] = place[i] + d, value[i]
-        i, m = i + 1, m + 1
-    return m
 
 # %% ../nbs/68_png.ipynb #inflate
 @njit(cache=True, nogil=True)
@@ -184,6 +185,7 @@ def _row(kind, W, place, value, k, k1, base, start, ids, u, u1, n):
         j = j + 1 if not settled else min((place[k] - base) // 3 if k < k1 else W, start[u] if u < u1 else W)
     return n
 
+# %% ../nbs/68_png.ipynb #unfilter-rows
 @njit(cache=True, nogil=True)
 def _unfilter(place, value, m, H, W, start, ids, row):
     "Runs of all rows: `start` and `ids`, those of row i at row[i] ... row[i + 1]; False for an unknown filter or no room."
