@@ -32,7 +32,7 @@ docs: $(VENV)/installed
 # after a good run: copy the stages' outputs into nbs/, so that the notebooks read as the paper
 publish: $(VENV)/installed
 	u2seg publish
-	dvc commit -qf
+	dvc commit -q -f
 
 $(VENV)/installed: setup.py settings.ini constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 13) else "u2seg needs Python 3.10 to 3.13; this is %d.%d. Name another one: make PYTHON=python3.12 ..." % v)'

@@ -52,7 +52,7 @@ def test_whole_pipeline(clone):
     scramble_truth(clone)
     assert ran(run(clone, 'dvc', 'repro', 'train')) == ['pretrain'] + before_truth   # none of them can have read ground truth
     scramble_truth(clone)
-    run(clone, 'dvc', 'commit', '-qf', *before_truth)                  # the image folder's digest covers the annotations beside it
+    run(clone, 'dvc', 'commit', '-q', '-f', *before_truth)                  # the image folder's digest covers the annotations beside it
     assert ran(run(clone, 'dvc', 'repro')) == ['evaluate', 'fewshot', 'report']
     assert ran(run(clone, 'dvc', 'repro')) == []                       # a second run does nothing
     for name in stages(clone): assert (clone/'out'/name/'run.ipynb').exists() and (name == 'report' or json.loads((clone/'out'/name/'metrics.json').read_text()))
