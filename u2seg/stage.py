@@ -112,6 +112,7 @@ def run_stage(stage:str, root:str|Path='.'):
     run_check(nb, values | {'root': str(root)})
     out, scratch = Path(root, 'out', stage), Path(root, 'out', '.work', stage)
     out.mkdir(parents=True, exist_ok=True); scratch.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault('TQDM_MININTERVAL', '5')                       # each line of progress is a message that papermill has to handle
     try: papermill.execute_notebook(str(source), str(scratch/'run.ipynb'), values | {'root': '.'}, cwd=str(root), kernel_name='python3', language='python',
                                     progress_bar=False, stderr_file=sys.stderr, config=Config(KernelManager=dict(transport='ipc')))
     except papermill.PapermillExecutionError as e:
