@@ -143,21 +143,23 @@ def test_clip_rules_are_their_formulas():
     with pytest.raises(ValueError, match="'sum'"): clip_gradients(ps, clip='sum', clip_value=1.)
 
 
-def run_pair(folder, dataset, views, recipe): # for other processes: it must be importable
-    return fit(Tiny('gn', chance=False), Batches(dataset, **views), folder=folder, **recipe)
+def pair(folder, dataset, recipe, kind=Batches):
+    "The work of one run, to be done here or in other processes: the network is made once and handed over."
+    model = Tiny('gn', chance=False)
+    return model, functools.partial(fit, model, kind(dataset, **VIEWS), folder=folder, **recipe)
 
 def test_two_processes_and_two_parts_give_the_losses_of_one(data, tmp_path):
     recipe = {**RECIPE, 'log_every': 1, 'n_iters': 6}
-    one = run_pair(tmp_path/'one', data, VIEWS, recipe)
-    two = launch(functools.partial(run_pair, tmp_path/'two', data, VIEWS, recipe), 2)
+    (first, work), (second, work2), (third, work3) = pair(tmp_path/'one', data, recipe), pair(tmp_path/'two', data, recipe), pair(tmp_path/'parts', data, {**recipe, 'accumulate': 2})
+    one, two, parts = work(), launch(work2, 2), work3()
     assert not (tmp_path/'two'/'checkpoint.previous.pt').exists()         # what the processes trained is what came back
-    parts = run_pair(tmp_path/'parts', data, VIEWS, {**recipe, 'accumulate': 2})
     for other in (two, parts):
         assert len(other) == len(one) == 6
         for a, b in zip(one, other):
             assert a.keys() == b.keys() and all(abs(a[k] - b[k]) < 1e-5 for k in a), (a, b)
-    w = [torch.load(tmp_path/d/'checkpoint.pt', weights_only=True)['model'] for d in ('one', 'two')]
-    assert all(torch.allclose(w[0][k], w[1][k], atol=1e-5) for k in w[0])
+    for a, b in zip(first.state_dict().values(), second.state_dict().values()): assert torch.allclose(a, b, atol=1e-5)   # the caller's network is the trained one
+    kept = torch.load(tmp_path/'two'/'checkpoint.pt', weights_only=True)['model']
+    assert all(torch.equal(kept[k], v) for k, v in second.state_dict().items())
 
 
 class StopsParent(Batches):
@@ -171,14 +173,11 @@ class StopsParent(Batches):
                 if not got: time.sleep(.05)
         return super().part(i, rank, world)
 
-def run_stopped(folder, dataset, views, recipe):
-    return fit(Tiny('gn', chance=False), StopsParent(dataset, **views), folder=folder, **recipe)
-
 def test_stopped_processes_resume(data, tmp_path):
     recipe = {**RECIPE, 'n_iters': 6, 'checkpoint_every': 100}
-    with pytest.raises(SystemExit): launch(functools.partial(run_stopped, tmp_path/'two', data, VIEWS, recipe), 2)
+    with pytest.raises(SystemExit): launch(pair(tmp_path/'two', data, recipe, StopsParent)[1], 2)
     assert torch.load(tmp_path/'two'/'checkpoint.pt', weights_only=True)['next'] == 4       # the iteration in hand was finished and kept
-    one, two = (run_pair(tmp_path/d, data, VIEWS, recipe) for d in ('one', 'two'))          # going on with another number of processes
+    one, two = (pair(tmp_path/d, data, recipe)[1]() for d in ('one', 'two'))          # going on with another number of processes
     assert len(one) == len(two) == 2 and all(abs(a[k] - b[k]) < 1e-5 for a, b in zip(one, two) for k in a)
     with pytest.raises(ValueError, match='n_procs'): launch(lambda: None, 0)
 

@@ -8,7 +8,7 @@ __all__ = ['PASTES', 'NORMS', 'FAST', 'AMP', 'CLASS_LAYERS', 'PseudoLabels', 'ep
            'detect', 'predict', 'self_training_labels']
 
 # %% ../nbs/32_train.ipynb #imports
-import csv, functools, hashlib, io, math, os, signal, tempfile, threading
+import copy, csv, functools, hashlib, io, math, os, signal, tempfile, threading
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -445,6 +445,7 @@ def launch(work:Callable, # picklable, e.g. a `functools.partial` of `fit` or `d
     return work()
 
 def _member(rank, n, folder, threads, work):
+    work = copy.deepcopy(work)                          # tensors arrive in memory that all processes share; each trains its own
     torch.set_num_threads(threads)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(n), LOCAL_RANK=str(rank))
     dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=n)
