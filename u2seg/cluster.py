@@ -366,7 +366,7 @@ def load_clusters(folder:str|Path)->Clusters:
     try:
         centroids, given = np.load(folder/'centroids.npy'), dict(np.load(folder/'pca.npz'))
     except (OSError, ValueError) as e: raise ValueError(f'{folder}: not a folder of clusters ({e})') from None
-    if len(centroids) != k or len(given['components']) != pca: raise ValueError(f'{folder}: clusters.json tells of {k} clusters and {pca} components, the files hold others')
+    if len(centroids) != k or len(given.get('components', ())) != pca: raise ValueError(f'{folder}: clusters.json tells of {k} clusters and {pca} components, the files hold others')
     return Clusters(centroids, recipe, **given) if pca else Clusters(centroids, recipe)
 
 Clusters.save, Clusters.from_folder = save_clusters, staticmethod(load_clusters)

@@ -18,7 +18,7 @@ from lightly.models.modules.heads import ProjectionHead
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .features import build_vit
 from .images import ImageError, list_images, normalize, read_image, resize_image, write_atomic
