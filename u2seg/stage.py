@@ -102,6 +102,9 @@ def tidy(nb):
     return nb
 
 # %% ../nbs/03_stage.ipynb #run_stage
+def _worker(): # this process's number, and how many torchrun has started
+    return int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+
 def run_stage(stage:str, root:str|Path='.'):
     "Execute a stage's notebook with its section of `params.yaml`; keep it as `out/<stage>/run.ipynb`."
     import papermill
@@ -113,12 +116,15 @@ def run_stage(stage:str, root:str|Path='.'):
     out, scratch = Path(root, 'out', stage), Path(root, 'out', '.work', stage)
     out.mkdir(parents=True, exist_ok=True); scratch.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault('TQDM_MININTERVAL', '5')                       # each line of progress is a message that papermill has to handle
-    try: papermill.execute_notebook(str(source), str(scratch/'run.ipynb'), values | {'root': '.'}, cwd=str(root), kernel_name='python3', language='python',
+    os.environ.setdefault('OMP_NUM_THREADS', '2')                        # the same on every machine, for the same bytes; small tensors gain nothing from more
+    rank, world = _worker()
+    kept = scratch/(f'run_{rank}.ipynb' if world > 1 else 'run.ipynb')
+    try: papermill.execute_notebook(str(source), str(kept), values | {'root': '.'}, cwd=str(root), kernel_name='python3', language='python',
                                     progress_bar=False, stderr_file=sys.stderr, config=Config(KernelManager=dict(transport='ipc')))
     except papermill.PapermillExecutionError as e:
-        raise SystemExit(f'stage {stage}: {e.ename}: {e.evalue}\n(cell by cell in {scratch/"run.ipynb"})') from None
-    write_atomic(out/'run.ipynb', nbformat.writes(tidy(nbformat.read(scratch/'run.ipynb', 4))).encode())
-    shutil.rmtree(scratch)
+        raise SystemExit(f'stage {stage}: {e.ename}: {e.evalue}\n(cell by cell in {kept})') from None
+    if rank == 0: write_atomic(out/'run.ipynb', nbformat.writes(tidy(nbformat.read(kept, 4))).encode())
+    if world == 1: shutil.rmtree(scratch)                                # torchrun's other workers may still read the shards
 
 # %% ../nbs/03_stage.ipynb #publish
 def publish(stage:str, root:str|Path='.'):
@@ -157,7 +163,7 @@ def sharded(items:list[dict], # each with a `file_name`
             *, key:dict,      # everything that shapes a record
             shard_size:int=256, batch_size:int=16, desc:str='')->tuple[list[dict], list[dict]]: # records in the items' order; skipped [{file_name, reason}]
     "Map `work` over `items`, shard by shard, resuming from what is finished; torchrun's workers share the shards."
-    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    rank, world = _worker()
     folder = Path(folder)/_digest(key, items)
     parts = [items[i:i + shard_size] for i in range(0, len(items), shard_size)]
     paths = [folder/f'shard_{i:06d}.json' for i in range(len(parts))]
