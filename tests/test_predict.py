@@ -6,9 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from u2seg.images import decode_rle, read_ids, read_json, write_png
+from u2seg.images import decode_rle, read_ids, read_json, write_json, write_png
 from u2seg.model import build_model, save_weights
-from u2seg.predict import U2Seg, as_image, category_names, find_images, network_size, predict_folder
+from u2seg.predict import U2Seg, as_image, category_names, find_images, free_memory, network_size, predict_folder
 
 TINY = dict(n_things=3, n_stuff=2, depth=18, width=8, n_blocks=[1, 1, 1, 1], norm='BN', fpn_norm='BN', fpn_channels=16, fc_dim=16, mask_dim=8, n_mask_convs=1, sem_dim=16, rpn_pre_test=40, rpn_post_test=20,
             decode='objectness', max_detections=4, panoptic_area=20, min_size=64, max_size=128)
@@ -125,3 +125,51 @@ def test_memory_runs_out_half_the_batch(weights, monkeypatch):
         seen.append(len(images)); return run(self, images)
     monkeypatch.setattr(U2Seg, '_batch', scarce)
     assert len(model.predict([picture(i) for i in range(5)], batch_size=5)) == 5 and seen == [2, 2, 1]
+
+def test_batches_and_modes(weights):
+    model, x = U2Seg.from_pretrained(weights, device='cpu'), picture()
+    first = model.predict(x)
+    for batch in (np.stack([x, x]), torch.from_numpy(np.stack([x, x])).permute(0, 3, 1, 2)): assert [same(first, p) for p in model.predict(batch)] == [True, True]
+    deep = Image.fromarray((np.arange(64 * 48, dtype=np.uint16).reshape(48, 64) * 20))           # 16-bit grey is scaled, not clipped
+    assert len(np.unique(as_image(deep))) > 200
+
+def test_how_many_fit(weights):
+    model = U2Seg.from_pretrained(weights, device='cpu')
+    assert [model.fitting([(100, 100)] * 8, free=f) for f in (0, 10**12)] == [1, 8]
+    large = model.fitting([(3000, 4000)] * 8, free=2 * 10**9)
+    assert 1 <= large < 8 and model.fitting([(300, 400)] * 8, free=2 * 10**9) == 8
+    assert free_memory('cpu') > 2**26
+
+def test_one_picture_too_large_is_one_sentence(weights, monkeypatch):
+    model = U2Seg.from_pretrained(weights, device='cpu')
+    def full(self, images): raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+    monkeypatch.setattr(U2Seg, '_batch', full)
+    with pytest.raises(ValueError, match='one picture of 64 x 48 pixels; make it smaller'): model.predict([picture(), picture()])
+    def bug(self, images): raise RuntimeError('a fault of the program')
+    monkeypatch.setattr(U2Seg, '_batch', bug)
+    with pytest.raises(RuntimeError, match='of the program'): model.predict(picture())
+
+def test_names_of_the_stage_evaluate(weights, tmp_path):
+    import hashlib, shutil
+    shutil.copytree(weights, tmp_path/'train')
+    digest = hashlib.sha256((weights/'model.safetensors').read_bytes()).hexdigest()
+    write_json(tmp_path/'evaluate'/'mapping.json', dict(model=digest, fitted_on='train', mappings={}, names={'2': 'cat'}))
+    assert U2Seg.from_pretrained(tmp_path/'train', device='cpu').names[2] == 'cat'
+    write_json(tmp_path/'train'/'mapping.json', {'2': 'dog'})                                      # beside the weights goes first
+    assert U2Seg.from_pretrained(tmp_path/'train', device='cpu').names[2] == 'dog'
+    (tmp_path/'train'/'mapping.json').unlink()
+    write_json(tmp_path/'evaluate'/'mapping.json', dict(model='0' * 64, names={'2': 'cat'}))       # of another model: not used
+    assert U2Seg.from_pretrained(tmp_path/'train', device='cpu').names[2] == 'thing_2'
+
+def test_results_among_the_pictures_are_not_pictures(weights, tmp_path):
+    write_png(tmp_path/'a.png', picture())
+    for _ in range(2): assert predict_folder(tmp_path, weights, tmp_path/'segmented', device='cpu')['images'] == 1
+    with pytest.raises(ValueError, match='no picture outside'): find_images(tmp_path/'segmented'/'overlay', without=tmp_path/'segmented')
+
+def test_command_line(weights, tmp_path, capsys, monkeypatch):
+    from u2seg.cli import main
+    write_png(tmp_path/'a.png', picture()); (tmp_path/'b.jpg').write_bytes(b'x')
+    assert main(['predict', str(tmp_path/'*.*g'), '--weights', str(weights), '--out', str(tmp_path/'out'), '--device', 'cpu']) == 0
+    assert '1 pictures' in (said := capsys.readouterr().out) and '1 could not be read' in said
+    monkeypatch.chdir(tmp_path)
+    assert main(['predict', 'a.png']) == 1 and 'dvc pull' in (err := capsys.readouterr().err) and err.count('\n') == 1

@@ -100,6 +100,7 @@ def claims(metrics:dict, fewshot:list[dict]=())->list[dict]: # {claim, verdict, 
             for fit, words in (('train', 'mapping from training images'), ('val', "mapping from the evaluated images, the paper's")):
                 if fit not in rows[a] or fit not in rows[b]: continue
                 x, y = rows[a][fit]['vote'], rows[b][fit]['vote']
+                if not all(k in r for k in keys for r in (x, y)): continue          # an instance file gives no scores of stuff
                 out.append(dict(claim=f'U2Seg {text} ({share}, {words})', verdict=_verdict([x[k] - y[k] for k in keys]), figures=', '.join(f'{COLUMNS[k]} {percent(x[k])} against {percent(y[k])}' for k in keys)))
     for p in sorted({r['percent'] for r in fewshot}):
         chain = [(i, _mean(fewshot, i, p, 'mask_AP')) for i in ('u2seg', 'cutler', 'random')]
@@ -117,9 +118,10 @@ def report(metrics:dict,         # of the stage evaluate
              f'{metrics["n_fit_images"]} labelled training images* / *fitted on the evaluated images themselves* (the paper\'s protocol, which has seen the answers); by majority vote, many clusters to one class.']
     for share, rows in metrics['shares'].items(): parts += [f'## {share}', results_table(rows)]
     if fewshot: parts += ['## Few labels', 'Fine-tuned on a part of the labels; mean over seeds ± half the spread.', fewshot_table(fewshot)]
+    if not metrics['shares']: parts[1:] = ['No ground truth was given, so nothing is scored. `out/evaluate/pictures.png` and the figures beside it show what the model sees; `u2seg predict` writes it for any picture.']
     judged = claims(metrics, fewshot)
-    parts += ['## The claims', _markdown(['claim', 'here', 'figures'], [[c['claim'], c['verdict'], c['figures']] for c in judged])]
-    parts += ['## One cluster, one class', 'The same with a one-to-one assignment (Hungarian): it does not rise with the number of clusters by construction.']
+    if judged: parts += ['## The claims', _markdown(['claim', 'here', 'figures'], [[c['claim'], c['verdict'], c['figures']] for c in judged])]
+    if metrics['shares']: parts += ['## One cluster, one class', 'The same with a one-to-one assignment (Hungarian): it does not rise with the number of clusters by construction.']
     for share, rows in metrics['shares'].items(): parts += [f'### {share}', results_table(rows, method='hungarian', columns={k: v for k, v in COLUMNS.items() if not k.startswith('agnostic')})]
     return '\n\n'.join(parts + ["## The paper's own numbers", paper_tables()])
 

@@ -1,0 +1,121 @@
+"Own pictures: any folder, nested, in mixed formats, with or without labels, from MaskCut to the report, in one process."
+import os, shutil, warnings
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from u2seg import evaluate, scenes
+from u2seg.images import encode_rle, read_json, write_json
+from u2seg.stage import declared, load_params, run_check, stage_notebook, stage_values, stages
+
+root = Path(__file__).parents[1]
+small = yaml.safe_load((root/'tests'/'small.yaml').read_text())
+quicker = dict(cutler=dict(n_iters=2), train=dict(n_iters=2), stego=dict(n_steps=3, map_size=128), cluster=dict(k=3), maskcut=dict(crf=False), evaluate=dict(n_fit_images=4))
+formats = ['.jpg', '.png', '.BMP', '.webp', '.tif', '.gif']
+
+
+N = 9                                                                      # STEGO draws from 7 neighbours
+
+def draw(folder, n=N, seed=5):
+    "Pictures in nested folders and all formats, one grey, a text file and a broken picture among them."
+    for i in range(n):
+        pixels = scenes.draw_scene(seed + i)[0]
+        name = f"{['', 'a/', 'a/b c/', 'ä/'][i % 4]}{i}{formats[i % 6]}"
+        (folder/name).parent.mkdir(parents=True, exist_ok=True)
+        im = Image.fromarray(pixels).resize((128 + 8 * i, 128 - 4 * i))
+        (im.convert('L') if i == 3 else im).save(folder/name)
+    (folder/'notes.txt').write_text('no picture'); (folder/'a'/'broken.jpg').write_bytes(b'\xff\xd8broken')
+
+
+def run(repo, *names):
+    "The cells of stages, as papermill would run them, without a kernel for each."
+    from IPython.core.interactiveshell import InteractiveShell
+    for name in names:
+        nb = nbformat.read(stage_notebook(repo, name), 4)
+        values = stage_values(name, load_params(repo), declared(nb)) | dict(root='.')
+        run_check(nb, values)
+        (repo/'out'/name).mkdir(parents=True, exist_ok=True)
+        shell = InteractiveShell(); shell.showtraceback = lambda *a, **kw: None
+        shell.user_ns.update(values)
+        for c in nb.cells:
+            if c.cell_type == 'code' and not {'parameters', 'check'} & set(c.metadata.get('tags', [])): shell.run_cell(c.source, silent=True).raise_error()
+
+
+@pytest.fixture(scope='module')
+def repo(tmp_path_factory):
+    if not (root/'out'/'pretrain'/'backbone.safetensors').is_file(): pytest.skip('out/pretrain is not here: dvc pull pretrain')
+    repo = tmp_path_factory.mktemp('own')
+    for name in ('nbs', 'u2seg'): (repo/name).symlink_to(root/name)
+    shutil.copytree(root/'out'/'pretrain', repo/'out'/'pretrain')
+    shutil.copy(root/'README.md', repo)
+    params = yaml.safe_load((root/'params.yaml').read_text())
+    for changes in (small, quicker):
+        for section, values in changes.items(): params[section].update(values)
+    params['data'] = dict(root=str(repo/'mine'), train=['photos'], val=[])
+    (repo/'params.yaml').write_text(yaml.safe_dump(params, sort_keys=False))
+    draw(repo/'mine'/'photos')
+    before = os.getcwd(); os.chdir(repo)
+    with warnings.catch_warnings(): warnings.simplefilter('ignore'); yield repo
+    os.chdir(before)
+
+
+def change(repo, **sections):
+    params = yaml.safe_load((repo/'params.yaml').read_text())
+    for k, v in sections.items(): params[k].update(v)
+    (repo/'params.yaml').write_text(yaml.safe_dump(params, sort_keys=False))
+
+
+def test_a_folder_without_labels_goes_all_the_way(repo):
+    run(repo, *[s for s in stages(repo) if s != 'pretrain'])
+    assert read_json('out/maskcut/metrics.json')['n_skipped'] == 1 and read_json('out/panoptic/metrics.json')['n_images'] == N
+    assert {'photos/0.jpg', 'photos/a/1.png', 'photos/a/b c/2.BMP', 'photos/ä/3.webp', 'photos/4.tif', 'photos/a/5.gif'} < {im['file_name'] for im in read_json('out/cutler/instances.json')['images']}
+    for figure in ('pictures', 'matching', 'classes', 'failures'): assert Image.open(f'out/evaluate/{figure}.png').size[0] > 100       # galleries
+    assert read_json('out/evaluate/metrics.json')['shares'] == {} and read_json('out/fewshot/metrics.json') == dict(runs=[])
+    assert 'No ground truth was given' in Path('out/report/results.md').read_text() and Path('README.md').read_text() == (root/'README.md').read_text()
+    assert all('NaN' not in p.read_text() for p in Path('out').glob('*/metrics.json'))
+
+
+def test_the_model_of_own_pictures_predicts(repo):
+    from u2seg.predict import predict_folder
+    assert predict_folder(repo/'mine'/'photos', repo/'out'/'train', repo/'segmented', device='cpu')['images'] == N
+
+
+def test_with_a_coco_file_it_is_evaluated(repo):
+    folder, images, notes = repo/'mine'/'photos', [], []
+    for i, f in enumerate(sorted(p for p in folder.rglob('*.*') if p.name not in ('notes.txt', 'broken.jpg')), 1):
+        w, h = Image.open(f).size
+        images.append(dict(id=i, file_name=f.relative_to(folder).as_posix(), width=w, height=h))
+        x, y = w // 4, h // 4
+        notes.append(dict(id=i, image_id=i, category_id=7, iscrowd=0, area=w * h / 4, bbox=[x, y, w / 2, h / 2], segmentation=[[x, y, 3 * x, y, 3 * x, 3 * y, x, 3 * y]]))   # polygons, as tools write them
+    write_json(repo/'mine'/'annotations'/'instances_photos.json', dict(images=images, annotations=notes, categories=[dict(id=7, name='thing in the middle')]))
+    change(repo, data=dict(val=['photos']))
+    run(repo, 'evaluate', 'fewshot', 'report')
+    scores = read_json('out/evaluate/metrics.json')['shares']['photos']
+    assert 0 <= scores['U2Seg']['val']['vote']['mask_AP'] <= 1 and 'PQ' not in scores['U2Seg']['val']['vote'] and 'agnostic_mask_AP' in scores['U2Seg']['agnostic']
+    assert set(read_json('out/evaluate/mapping.json')['names'].values()) <= {'thing in the middle'}
+    assert '## photos' in Path('out/report/results.md').read_text()
+
+
+def test_instance_files_are_read_as_they_are(tmp_path):
+    mask = np.zeros((20, 30), bool); mask[3:9, 4:20] = True
+    rle = encode_rle(mask)
+    runs = dict(size=[20, 30], counts=[int(n) for n in np.diff(np.flatnonzero(np.diff(np.r_[2, mask.T.ravel(), 2])))])        # uncompressed
+    polygon = [[4, 3, 20, 3, 20, 9, 4, 9]]
+    coco = dict(images=[dict(id=5, file_name='x.jpg', width=30, height=20)], categories=[dict(id=2, name='box')], annotations=[dict(id=9, image_id=5, category_id=2, segmentation=s) for s in (rle, polygon)])
+    write_json(tmp_path/'annotations'/'instances_val.json', coco)
+    truth = evaluate.read_truth(tmp_path, 'val')
+    assert truth['things'] == [2] and truth['stuff'] == [] and truth['images'][0]['file_name'] == 'val/x.jpg'
+    assert [a['area'] for a in truth['instances']['annotations']] == [96, 96] and (evaluate.truth_map(truth, 5) == np.where(mask, 2, 0)).all()
+
+
+@pytest.mark.parametrize('broken,message', [
+    ([], 'needs the list'), (dict(images=[]), "'annotations'"), (dict(images=[], annotations=[], categories=[]), 'no mask'), (dict(images=[dict(id=1)], annotations=[], categories=[]), 'not a COCO'),
+    (dict(images=[dict(id=1, height=2, width=2, file_name='a')], categories=[], annotations=[dict(image_id=2, segmentation=[[0, 0, 1, 1, 1, 0]])]), 'not a COCO')])
+def test_what_is_no_coco_file_is_refused_in_one_sentence(tmp_path, broken, message):
+    write_json(tmp_path/'annotations'/'instances_val.json', broken)
+    with pytest.raises(ValueError, match=message) as e: evaluate.read_truth(tmp_path, 'val')
+    assert 'instances_val.json' in str(e.value)
