@@ -1,19 +1,20 @@
 """MaskCut's and STEGO's dense CRF against pydensecrf, on photographs, one thread: ratio of times, and IoU of the results.
 
-    python benchmarks/crf.py [--rounds 3] [--photos 26] [--labels 27]
+    python benchmarks/crf.py [--rounds 3] [--photos 26] [--labels 27] [--out benchmarks/results/crf.md]
 
 Photos: U2SEG_SHARED_DATA/coco26 (default: ../shared/data beside the repository). Masks: up to three of the largest objects of each photo, made rough:
 shares of the cells of a 60 x 60 grid, disturbed by noise, cut at one half, as MaskCut's masks are. Both sides get the same masks in one process, in turns.
 pydensecrf builds a lattice for each mask and takes two labels; ours builds one for the photo and takes a channel a mask. Without pydensecrf
-(github.com/lucasb-eyer/pydensecrf; it has no release on PyPI) only our own times are printed.
+(github.com/lucasb-eyer/pydensecrf; it has no release on PyPI) only our own times are printed. A mask that both sides wipe out is equal on both.
 """
-import argparse, os, statistics, time
+import argparse, os, statistics
 from pathlib import Path
 
 import numpy as np, torch
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
+from machine import clock, heading, publish
 from u2seg.crf import MASKCUT, STEGO, dense_crf, refine_masks
 from u2seg.images import read_ids, read_image, read_json, resize_image
 
@@ -38,7 +39,7 @@ def photos(n):
         if masks: yield a['file_name'], image, np.stack(masks)
 
 
-def iou(a, b): return (a & b).sum()/max((a | b).sum(), 1)
+def iou(a, b): return (a & b).sum()/(a | b).sum() if (a | b).any() else 1.
 
 
 def pydensecrf_of(dcrf, image, prob, n_iter, gauss_weight, gauss_sxy, bilateral_weight, bilateral_sxy, bilateral_srgb):
@@ -53,51 +54,62 @@ def soften(mask): return np.stack([np.where(mask, .2689414, .7310586), np.where(
 
 
 def timed(sides, rounds):
-    "Median seconds and last result of each of {name: function}, in turns."
+    "Median seconds (wall, CPU) and last result of each of {name: function}, in turns."
     seconds, results = {k: [] for k in sides}, {}
     for _ in range(rounds):
         for k, f in sides.items():
-            start = time.perf_counter(); results[k] = f()
-            seconds[k].append(time.perf_counter() - start)
-    return {k: statistics.median(v) for k, v in seconds.items()}, results
+            results[k], t = clock(f)
+            seconds[k].append(t)
+    return {k: tuple(map(statistics.median, zip(*v))) for k, v in seconds.items()}, results
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('--rounds', type=int, default=3); parser.add_argument('--photos', type=int, default=26); parser.add_argument('--labels', type=int, default=27)
-    args = parser.parse_args()
-    try: import pydensecrf.densecrf as dcrf
-    except ImportError: dcrf = None; print('pydensecrf is not importable here: no comparison, only our own times')
-    torch.set_num_threads(1)
-    start = time.perf_counter()
-    refine_masks(np.zeros((8, 8, 3), np.uint8), np.eye(8, dtype=bool)[None])
-    print(f'first call (compiling, or reading the compiled loops): {time.perf_counter() - start:.1f} s\n')
-    todo = list(photos(args.photos))
-    print('MaskCut constants; one lattice a photo, one channel a mask, one thread\n\n| photo | masks | pydensecrf, s | ours, s | ratio | IoU, worst mask |\n|---|---|---|---|---|---|')
-    ratios, singles, ious, threads, torches = [], [], [], [], []
-    for name, image, masks in todo:
-        sides = {'ours': lambda: refine_masks(image, masks), 'one': lambda: refine_masks(image, masks[:1]), 'two threads': lambda: refine_masks(image, masks, n_threads=2)}
-        if dcrf: sides['pydensecrf'] = lambda: [pydensecrf_of(dcrf, image, soften(m), **MASKCUT).argmax(0) == 1 for m in masks]
-        t, r = timed(sides, args.rounds)
-        threads.append(t['ours']/t['two threads'])
-        if not dcrf: print(f"| {name} | {len(masks)} | - | {t['ours']:.3f} | - | - |", flush=True); continue
-        worst = min(iou(a, b) for a, b in zip(r['ours'], r['pydensecrf']))
-        ratios.append(t['pydensecrf']/t['ours']); singles.append(t['pydensecrf']/len(masks)/t['one']); ious.append(worst)
-        print(f"| {name} | {len(masks)} | {t['pydensecrf']:.3f} | {t['ours']:.3f} | {ratios[-1]:.2f} | {worst:.4f} |", flush=True)
-    print(f'\ntwo threads against one: {statistics.median(threads):.2f} times as fast on {sum(len(m) for *_, m in todo)/len(todo):.1f} masks a photo')
-    if dcrf: print(f'\n**median ratio {statistics.median(ratios):.2f}** (least {min(ratios):.2f}); a photo of one mask alone: {statistics.median(singles):.2f} (least {min(singles):.2f}); '
-                   f'**IoU {statistics.fmean(ious):.4f}, least {min(ious):.4f}**, below .98 on {sum(v < .98 for v in ious)} of {len(ious)} photos')
-    image, masks = todo[0][1:]
-    t, r = timed({'ours': lambda: refine_masks(image, masks), 'torch': lambda: refine_masks(image, masks, compiled=False)}, args.rounds)
-    print(f"\ntorch operations instead of compiled loops, on this CPU: {t['torch']/t['ours']:.1f} times as long, IoU {min(iou(a, b) for a, b in zip(*r.values())):.4f}")
-    print(f'\nSTEGO constants, {args.labels} labels\n')
-    for name, image, _ in todo[:3]:
-        prob = np.stack([gaussian_filter(np.random.default_rng(i).normal(size=(SIZE, SIZE)), 20)*60 for i in range(args.labels)])
+def stego(dcrf, todo, labels):
+    for name, image, _ in todo:
+        prob = np.stack([gaussian_filter(np.random.default_rng(i).normal(size=(SIZE, SIZE)), 20)*60 for i in range(labels)])
         prob = (np.exp(prob - prob.max(0))/np.exp(prob - prob.max(0)).sum(0)).astype(np.float32)
         sides = {'ours': lambda: dense_crf(image, prob, **STEGO)}
         if dcrf: sides['pydensecrf'] = lambda: pydensecrf_of(dcrf, image, prob, **STEGO)
         t, r = timed(sides, 1)
-        print(f"{name}: ours {t['ours']:.2f} s" + (f", pydensecrf {t['pydensecrf']:.2f} s, ratio {t['pydensecrf']/t['ours']:.2f}, same label on {(r['ours'].argmax(0) == r['pydensecrf'].argmax(0)).mean():.4f} of the pixels" if dcrf else ''), flush=True)
+        yield f"{name}: ours {t['ours'][1]:.2f} s" + (f", pydensecrf {t['pydensecrf'][1]:.2f} s (CPU), ratio {t['pydensecrf'][1]/t['ours'][1]:.2f}, same label on {(r['ours'].argmax(0) == r['pydensecrf'].argmax(0)).mean():.4f} of the pixels." if dcrf else '.') + '\n'
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('--rounds', type=int, default=3); parser.add_argument('--photos', type=int, default=26); parser.add_argument('--labels', type=int, default=27); parser.add_argument('--out')
+    args = parser.parse_args()
+    try: import pydensecrf.densecrf as dcrf
+    except ImportError: dcrf = None; print('pydensecrf is not importable here: no comparison, only our own times')
+    torch.set_num_threads(1)
+    _, (first, _) = clock(lambda: refine_masks(np.zeros((8, 8, 3), np.uint8), np.eye(8, dtype=bool)[None]))
+    todo, table = list(photos(args.photos)), ['| photo | masks | pydensecrf, CPU s | ours, CPU s | ratio, CPU | ratio, wall | IoU, worst mask | of the masks that MaskCut keeps |', '|---|---|---|---|---|---|---|---|']
+    rows, threads = [], []
+    for name, image, masks in todo:
+        sides = {'ours': lambda: refine_masks(image, masks), 'one': lambda: refine_masks(image, masks[:1]), 'two threads': lambda: refine_masks(image, masks, n_threads=2)}
+        if dcrf: sides['pydensecrf'] = lambda: [pydensecrf_of(dcrf, image, soften(m), **MASKCUT).argmax(0) == 1 for m in masks]
+        t, r = timed(sides, args.rounds)
+        threads.append(t['ours'][0]/t['two threads'][0])
+        if not dcrf: table.append(f"| {name} | {len(masks)} | - | {t['ours'][1]:.3f} | - | - | - | - |"); continue
+        ours, theirs = t['ours'], t['pydensecrf']
+        each = [(iou(a, b), iou(m, a) >= .5, iou(m, b) >= .5) for m, a, b in zip(masks, r['ours'], r['pydensecrf'])]
+        kept = [v for v, a, b in each if a or b]
+        rows.append(dict(cpu=theirs[1]/ours[1], wall=theirs[0]/ours[0], one=theirs[1]/len(masks)/t['one'][1], iou=min(v for v, *_ in each), kept=min(kept, default=1.), n_kept=len(kept), differ=sum(a != b for _, a, b in each)))
+        table.append(f"| {name} | {len(masks)} | {theirs[1]:.3f} | {ours[1]:.3f} | {rows[-1]['cpu']:.2f} | {rows[-1]['wall']:.2f} | {rows[-1]['iou']:.4f} | {f'{min(kept):.4f}' if kept else 'none'} |")
+        print(table[-1], flush=True)
+    column = lambda k: [r[k] for r in rows]
+    n_masks = sum(len(m) for *_, m in todo)
+    lines = [*heading('Dense CRF against pydensecrf', 1, ('torch', 'numba', 'numpy')), 'MaskCut constants, 480 x 480 px; one lattice a photo and one channel a mask here, one CRF of two labels a mask there; one thread each.', '']
+    if dcrf: lines += ['| | median | least |', '|---|---|---|', *(f'| {what} | **{statistics.median(column(k)):.2f}** | {min(column(k)):.2f} |' for what, k in
+                       (('ratio of CPU times', 'cpu'), ('ratio of wall times', 'wall'), ('ratio of CPU times, a photo of one mask alone', 'one'))),
+                       f"| IoU of both results, worst mask of a photo | {statistics.median(column('iou')):.4f} | {min(column('iou')):.4f} |",
+                       f"| the same over the {sum(column('n_kept'))} of {n_masks} masks that MaskCut keeps (IoU with the mask before the CRF of .5 or more) | {statistics.median(column('kept')):.4f} | **{min(column('kept')):.4f}** |", '',
+                       f"IoU below .98: {sum(v < .98 for v in column('iou'))} of {len(rows)} photos, {sum(v < .98 for v in column('kept'))} where only kept masks count; a mask kept on one side only: {sum(column('differ'))}. "
+                       'What is left of a mask that the CRF wipes out is a handful of pixels; both sides then drop it.', '']
+    lines += [*table, '', f'Two threads here against one: {statistics.median(threads):.2f} times as fast (wall) on {n_masks/len(todo):.1f} masks a photo. The first call, which reads or compiles the loops: {first:.1f} s.', '']
+    image, masks = todo[0][1:]
+    t, r = timed({'ours': lambda: refine_masks(image, masks), 'torch': lambda: refine_masks(image, masks, compiled=False)}, args.rounds)
+    lines += [f"Torch operations (the path of a GPU) instead of compiled loops, on this CPU: {t['torch'][1]/t['ours'][1]:.1f} times as long, IoU {min(iou(a, b) for a, b in zip(*r.values())):.4f}.", '',
+              f'## STEGO constants, {args.labels} labels', '', *stego(dcrf, todo[:3], args.labels)]
+    publish(lines, args.out)
 
 
 if __name__ == '__main__': main()
