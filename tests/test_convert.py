@@ -121,3 +121,38 @@ def test_command_line(tmp_path, capsys):
     annotation_file(tmp_path/'a.json', True)
     assert main(['convert', str(tmp_path/'a.json'), '--out', str(tmp_path/'out')]) == 0 and '2 turned' in capsys.readouterr().out
     assert main(['convert', str(tmp_path/'none.json'), '--out', str(tmp_path)]) == 1 and 'no such file' in capsys.readouterr().err
+
+def test_voc(tmp_path):
+    from u2seg.evaluate import read_truth
+    xml = '<annotation><size><width>9</width><height>8</height></size>{}</annotation>'
+    thing = '<object><name>{}</name><difficult>{}</difficult><bndbox><xmin>2</xmin><ymin>3</ymin><xmax>5</xmax><ymax>6</ymax></bndbox></object>'
+    folder = tmp_path/'VOC2007'; (folder/'Annotations').mkdir(parents=True)
+    (folder/'Annotations'/'000002.xml').write_text(xml.format(thing.format('dog', 0) + thing.format('cat', 1)))
+    assert convert(folder, tmp_path) == dict(images=1, boxes=2, classes=2)
+    truth = read_truth(tmp_path, 'VOC2007/JPEGImages')
+    assert truth['instances']['boxes_only'] and [(a['bbox'], a['iscrowd'], truth['names'][a['category_id']]) for a in truth['instances']['annotations']] == [([1, 2, 4, 4], 0, 'dog'), ([1, 2, 4, 4], 1, 'cat')]
+    assert truth['images'][0]['file_name'] == 'VOC2007/JPEGImages/000002.jpg'
+    bomb = '<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/hostname">]><annotation><size><width>&x;</width><height>1</height></size></annotation>'
+    for bad in ('<a>', xml.format('<object/>'), '<annotation/>', bomb):
+        (folder/'Annotations'/'000003.xml').write_text(bad)
+        with pytest.raises(ValueError, match='000003.xml: not an annotation of VOC'): convert(folder, tmp_path)
+
+def test_boxes_alone_are_scored_as_boxes():
+    from u2seg import evaluate
+    coco = dict(images=[dict(id=1, file_name='a.jpg', height=20, width=30)], categories=[dict(id=5, name='x')], annotations=[dict(image_id=1, category_id=5, bbox=[3, 4, 10, 8])])
+    panoptic, whole = evaluate.things_only(coco, 'a.json')
+    assert (evaluate.Painted(whole)['1'] > 0).sum() == 80
+    found = [dict(image_id=1, category_id=5, score=1., bbox=[3., 4., 10., 8.], segmentation=encode_rle(evaluate.Painted(whole)['1'] > 0))]
+    scores = evaluate._figures(whole, found, False, '')
+    assert scores == pytest.approx(dict(box_AP50=1., box_AP=1., box_AR100=1.))
+
+def test_cityscapes(tmp_path):
+    from u2seg.evaluate import read_truth, truth_map
+    gt, name = tmp_path/'gtFine', 'ulm_000000_000019'
+    write_ids(gt/'cityscapes_panoptic_val'/f'{name}_gtFine_panoptic.png', np.array([[7, 7, 26001], [0, 7, 26001]]))
+    segments = [dict(id=7, category_id=7, area=3, bbox=[0, 0, 2, 2], iscrowd=0), dict(id=26001, category_id=26, area=2, bbox=[2, 0, 1, 2], iscrowd=0)]
+    write_json(gt/'cityscapes_panoptic_val.json', dict(images=[dict(id=name, file_name=f'{name}_leftImg8bit.png', height=2, width=3)], categories=[dict(id=26, name='car', isthing=1), dict(id=7, name='road', isthing=0)],
+                                                       annotations=[dict(image_id=name, file_name=f'{name}_gtFine_panoptic.png', segments_info=segments)]))
+    convert(gt/'cityscapes_panoptic_val.json', tmp_path/'leftImg8bit')
+    truth = read_truth(tmp_path, 'leftImg8bit/val')
+    assert truth['images'][0]['file_name'] == f'leftImg8bit/val/ulm/{name}_leftImg8bit.png' and truth_map(truth, 1).tolist() == [[7, 7, 26], [0, 7, 26]]

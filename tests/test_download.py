@@ -1,5 +1,5 @@
 """Downloads from a hostile publisher on loopback, and archives that try to escape."""
-import hashlib, http.server, io, os, stat, threading, time, zipfile
+import hashlib, http.server, io, os, stat, tarfile, threading, time, zipfile
 
 import pytest
 
@@ -115,3 +115,55 @@ def test_a_source_by_name(server, tmp_path, monkeypatch, capsys):
     assert (tmp_path/'annotations'/'panoptic_val2017'/'1.png').read_text() == 'png' and not list(tmp_path.rglob('panoptic_val2017.zip')) and not (tmp_path/'set.zip').exists()
     assert 'CC0' in capsys.readouterr().out
     D.download('tiny', tmp_path); assert len(server.asked) == 1         # nothing is done twice
+
+
+def tar(path, *members):
+    with tarfile.open(path, 'w') as t:
+        for name, kind, target in members:
+            info = tarfile.TarInfo(name); info.type = kind
+            if kind == tarfile.REGTYPE: info.size = 4
+            else: info.linkname = target
+            t.addfile(info, io.BytesIO(b'text') if kind == tarfile.REGTYPE else None)
+
+
+@pytest.mark.parametrize('name,kind,target,message', [
+    ('../x', tarfile.REGTYPE, '', 'outside'), ('/tmp/x', tarfile.REGTYPE, '', 'outside'), ('a/../../x', tarfile.REGTYPE, '', 'outside'), ('d', tarfile.SYMTYPE, '/etc', 'a link or a device'),
+    ('d', tarfile.LNKTYPE, 'fine.txt', 'a link or a device'), ('d', tarfile.FIFOTYPE, '', 'a link or a device'), ('d', tarfile.CHRTYPE, '', 'a link or a device')])
+def test_tar_that_would_leave_its_folder_is_refused_whole(tmp_path, name, kind, target, message):
+    tar(tmp_path/'a.tar', ('fine.txt', tarfile.REGTYPE, ''), (name, kind, target))
+    with pytest.raises(ValueError, match=message): D.unpack(tmp_path/'a.tar', tmp_path/'to')
+    assert os.listdir(tmp_path) == ['a.tar']
+
+
+def test_tar_is_unpacked_and_a_broken_one_refused(tmp_path):
+    tar(tmp_path/'a.tar', ('VOC/x.txt', tarfile.REGTYPE, ''))
+    assert (D.unpack(tmp_path/'a.tar', tmp_path/'to')/'VOC'/'x.txt').read_text() == 'text'
+    (tmp_path/'b.tar').write_bytes((tmp_path/'a.tar').read_bytes()[:700]); (tmp_path/'c.tar').write_bytes(b'no')
+    for n in 'bc':
+        with pytest.raises(ValueError, match=f'{n}.tar'): D.unpack(tmp_path/f'{n}.tar', tmp_path/'no')
+
+
+def test_a_file_and_a_folder_of_one_name(tmp_path):
+    with zipfile.ZipFile(tmp_path/'a.zip', 'w') as z: z.writestr('d', 'a file'); z.writestr('d/x', 'below it')
+    with pytest.raises((ValueError, OSError)): D.unpack(tmp_path/'a.zip', tmp_path/'to')
+    assert not list((tmp_path/'to').iterdir())
+
+
+def test_a_digest_that_nobody_published_is_noted_and_compared(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(D.SOURCES, 'tiny', dict(folder='x', licence='CC0', files=[(server.url('good'), None)]))
+    D.download('tiny', tmp_path)
+    assert 'no digest is published' in capsys.readouterr().out and (tmp_path/'good.bin.md5').read_text().strip() == MD5
+    D.download('tiny', tmp_path)
+    (tmp_path/'good.bin').write_bytes(b'changed')
+    with pytest.raises(ValueError, match='changed since it was fetched'): D.download('tiny', tmp_path)
+
+
+def test_a_disk_too_small_is_told_before_the_first_byte(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(D.shutil, 'disk_usage', lambda p: type('', (), dict(free=1000)))
+    with pytest.raises(ValueError, match='102400 bytes are needed, 1000 are free'): D.fetch(server.url('good'), tmp_path/'f', pause=0)
+    assert not (tmp_path/'f').exists()
+
+
+@pytest.mark.parametrize('name', D.HELP)
+def test_sets_that_ask_for_an_account_are_explained(name, capsys):
+    assert D.download(name) is None and 'account' in capsys.readouterr().out

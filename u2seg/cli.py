@@ -45,7 +45,7 @@ def download(name:str, out:str|None=None):
     download(name, out)
 
 # %% ../nbs/95_cli.ipynb #convert
-def convert(path:str, out:str, images:str|None=None, folders:list[str]=('.',), maps:str|None=None):
+def convert(path:str, out:str='converted', images:str|None=None, folders:list[str]=('.',), maps:str|None=None):
     "Bring a released checkpoint or annotation file (U2Seg's, CutLER's) into this project's form; no code of the file is run."
     from u2seg.convert import convert
     found = convert(path, out, images=images, folders=folders, maps=maps)
@@ -70,11 +70,11 @@ def parser()->argparse.ArgumentParser:
     v.add_argument('--batch-size', type=int, help='images at a time (default: found from the memory)')
     v.add_argument('--device', help='cpu, cuda, cuda:1, ... (default: a GPU if there is one)')
     v = verb(download)
-    v.add_argument('name', help='coco, dino-vitb8, cutler, ..., cityscapes-help; any other name lists them')
+    v.add_argument('name', help='coco, voc, dino, cutler, ..., cityscapes-help; any other name lists them')
     v.add_argument('--out', help='folder (default: where the recipes look for it)')
     v = verb(convert)
-    v.add_argument('path', help='.pth, .pkl or .safetensors in detectron2\'s names; or annotations, .json')
-    v.add_argument('--out', required=True, help='folder for the results')
+    v.add_argument('path', help='.pth, .pkl or .safetensors in detectron2\'s names; annotations, .json; or a VOC folder')
+    v.add_argument('--out', default='converted', help='folder for the results (default: converted)')
     v.add_argument('--images', help='annotations: the folder that data.root names; ids become those of the pipeline')
     v.add_argument('--folders', nargs='+', default=['.'], help='folders below it, as in data.train')
     v.add_argument('--maps', help='panoptic annotations: the folder of their PNGs')

@@ -55,15 +55,16 @@ def things_only(coco:dict, path:str|Path)->tuple[dict, dict]: # panoptic without
         if not isinstance(coco, dict) or not isinstance(coco.get(k), list): raise ValueError(f'{path}: a COCO annotation file needs the list {k!r}')
     try:
         size = {im['id']: (im['height'], im['width']) for im in coco['images']}
-        coco = dict(coco, annotations=[_as_rle(a, i, *size[a['image_id']]) for i, a in enumerate((a for a in coco['annotations'] if a.get('segmentation')), 1)])
+        coco = dict(coco, annotations=[_as_rle(a, i, *size[a['image_id']]) for i, a in enumerate((a for a in coco['annotations'] if a.get('segmentation') or a.get('bbox')), 1)], boxes_only=not any(a.get('segmentation') for a in coco['annotations']))
         segments = {i: [{k: a[k] for k in ('id', 'category_id', 'iscrowd', 'area', 'bbox')} for a in found] for i, found in by_image(coco).items()}
         categories = [dict(id=c['id'], name=c['name'], isthing=1) for c in coco['categories']]
     except (AttributeError, KeyError, TypeError, ValueError) as e: raise ValueError(f'{path}: not a COCO annotation file ({type(e).__name__}: {e})') from None
-    if not coco['annotations']: raise ValueError(f'{path}: holds no mask')
+    if not coco['annotations']: raise ValueError(f'{path}: holds no mask or box')
     return dict(images=coco['images'], annotations=[dict(image_id=i, file_name=str(i), segments_info=s) for i, s in segments.items()], categories=categories), coco
 
 def _as_rle(a, number, height, width):
-    code = a['segmentation']
+    x, y, w, h = a['bbox'] if not a.get('segmentation') else (0,) * 4
+    code = a.get('segmentation') or [[x, y, x + w, y, x + w, y + h, x, y + h]]
     if not isinstance(code, dict): code = coco_mask.merge(coco_mask.frPyObjects(code, height, width))
     elif isinstance(code['counts'], list): code = coco_mask.frPyObjects(code, height, width)
     return dict(a, id=number, iscrowd=a.get('iscrowd', 0), area=int(coco_mask.area(code)), bbox=[float(v) for v in coco_mask.toBbox(code)], segmentation=code)
@@ -143,7 +144,8 @@ def choose(votes:dict[str, np.ndarray], # of `count_votes`, or sums of them
 # %% ../nbs/72_evaluate.ipynb #score_agnostic
 def _figures(gt, dt, class_agnostic, prefix):
     "AP50, AP, AR100 of boxes and masks."
-    scores = {t: instance_ap(gt, dt, iou_type=i, class_agnostic=class_agnostic) for t, i in (('box', 'bbox'), ('mask', 'segm'))}
+    types = (('box', 'bbox'),) if gt.get('boxes_only') else (('box', 'bbox'), ('mask', 'segm'))
+    scores = {t: instance_ap(gt, dt, iou_type=i, class_agnostic=class_agnostic) for t, i in types}
     return {f'{prefix}{t}_{k}': s[k] for t, s in scores.items() for k in ('AP50', 'AP', 'AR100')}
 
 def score_agnostic(records:dict[int, dict], truth:dict)->dict[str, float]: # agnostic_box_AP50 ...
