@@ -436,6 +436,16 @@ def test_what_does_not_fit_is_named_and_left_alone(tmp_path):
     torch.save(dict(other=torch.zeros(1)), tmp_path/'b.pth')
     with pytest.raises(ValueError, match='not one weight fits'): M.load_weights(b, tmp_path/'b.pth')
 
+def test_what_a_later_stage_learns_anew_is_withheld(tmp_path):
+    a, b = model(0), model(1)
+    M.save_weights(a, tmp_path/'model.safetensors')
+    before = {k: v.clone() for k, v in b.state_dict().items()}
+    report = M.load_weights(b, tmp_path/'model.safetensors', without=('.cls_score.', 'mask_head.predictor.'))
+    assert report.withheld == [k for k in before if '.cls_score.' in k or 'mask_head.predictor.' in k] and len(report.withheld) == 8
+    assert set(report.loaded) | set(report.withheld) == set(before) and not report.missing + report.mismatched
+    for k, v in b.state_dict().items(): assert torch.equal(v, before[k] if k in report.withheld else a.state_dict()[k])
+    assert '8 to start anew' in str(report)
+
 class Malicious:
     def __init__(self, path): self.path = path
     def __reduce__(self): return os.mkdir, (self.path,)

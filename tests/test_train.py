@@ -1,15 +1,13 @@
 "Training: killed and resumed, in one process and in two, against plain formulas."
-import functools, math, os, signal, time
+import functools, math, os, signal, sys, time, types
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 from torch import nn
 
 from u2seg.images import decode_rle, encode_rle, instances_json, write_png
-from u2seg.train import (Batches, PseudoLabels, clip_gradients, detect, epoch_batches, fit, launch, load_initial, lr_factor, parameter_groups, precise_bn,
-                         self_training_labels)
+from u2seg.train import Batches, PseudoLabels, clip_gradients, detect, epoch_batches, fit, launch, lr_factor, parameter_groups, precise_bn, self_training_labels
 
 RECIPE = dict(n_iters=14, lr=.05, schedule='step', steps=[8, 12], gamma=.1, flat=0., warmup=3, warmup_factor=.001, optimizer='sgd', momentum=.9, weight_decay=1e-3,
               cls_lr_multiplier=2., clip='parameter', clip_value=1., loss_weights={}, amp=None, accumulate=1, ema=0., precise_bn=0, checkpoint_every=4, log_every=3)
@@ -316,15 +314,21 @@ def test_precise_bn_is_the_mean_over_batches():
     assert torch.equal(bn[0].running_mean, before)      # a frozen layer stays frozen
 
 
-def test_initial_weights_that_do_not_fit_start_anew(tmp_path):
-    model = Tiny(); safetensors.torch.save_file(model.state_dict(), tmp_path/'model.safetensors')
-    other = Tiny(); other.cls_score = nn.Conv2d(8, 9, 1)
-    nn.init.zeros_(other.body[0].weight)
-    assert load_initial(other, tmp_path/'model.safetensors', without=('unused',)) == ['cls_score.bias', 'cls_score.weight', 'unused.bias', 'unused.weight']
-    assert torch.equal(other.body[0].weight, model.body[0].weight)
-    (tmp_path/'cut.safetensors').write_bytes((tmp_path/'model.safetensors').read_bytes()[:100])
-    with pytest.raises(ValueError, match='cut.safetensors: not readable'): load_initial(other, tmp_path/'cut.safetensors')
-    with pytest.raises(ValueError, match='absent.safetensors'): load_initial(other, tmp_path/'absent.safetensors')
+class FakeBoard:
+    "Stands for TensorBoard's writer."
+    seen = []
+    def __init__(self, folder): self.folder = folder
+    def add_scalar(self, name, value, step): FakeBoard.seen.append((self.folder, name, value, step))
+    def close(self): FakeBoard.seen.append('closed')
+
+def test_tensorboard_gets_the_rows_of_the_log(data, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', types.SimpleNamespace(SummaryWriter=FakeBoard))
+    rows = fit(Tiny(), Batches(data, **VIEWS), folder=tmp_path, **RECIPE)
+    want = [(str(tmp_path/'tensorboard'), k, v, r['iteration']) for r in rows for k, v in r.items() if k != 'iteration'] + ['closed']
+    assert FakeBoard.seen == want and len(rows) == 5
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', None)      # not installed: the same training
+    other = fit(Tiny(), Batches(data, **VIEWS), folder=tmp_path/'without', **RECIPE)
+    assert other == rows and len(FakeBoard.seen) == len(want)
 
 
 def test_self_training_labels_by_hand():

@@ -21,8 +21,8 @@ from tqdm.auto import tqdm
 from .augment import masks_to_boxes
 from .evaluate import read_truth, score
 from .images import encode_rle, read_ids, read_image, read_json, write_json
-from .model import build_model
-from .train import CLASS_LAYERS, Batches, fit, load_initial, predict
+from .model import build_model, load_weights
+from .train import CLASS_LAYERS, Batches, fit, predict
 
 # %% ../nbs/80_fewshot.ipynb #nested_subsets
 def nested_subsets(n:int,           # labelled pictures
@@ -107,7 +107,7 @@ def few_shot(job:dict, # weights: path or None; percent; seed; n_iters
     with torch.random.fork_rng():
         torch.manual_seed(job['seed'])
         model = build_model({**config, 'n_things': len(data.things), 'n_stuff': len(data.stuff)})
-    if job['weights']: load_initial(model, job['weights'], without=CLASS_LAYERS)
+    if job['weights']: load_weights(model, job['weights'], without=CLASS_LAYERS)
     rows = fit(model, Batches(data, seed=job['seed'], **batches), folder=folder, n_iters=job['n_iters'], **training)
     scores = []
     for share in val:

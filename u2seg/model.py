@@ -788,24 +788,28 @@ def rename_weights(state:dict[str, Tensor])->dict[str, Tensor]:
 @dataclass(frozen=True)
 class Loaded:
     "What became of a file's weights; `print` it."
-    loaded:list; missing:list; unexpected:list; mismatched:list
+    loaded:list; missing:list; unexpected:list; mismatched:list; withheld:list
     def __str__(self):
         parts = [f'{len(self.loaded)} weights loaded']
-        for title, names in ('not in the file, left as they were', self.missing), ('not of this model, left out', self.unexpected), ('of another shape, left out', self.mismatched):
+        for title, names in (('not in the file, left as they were', self.missing), ('not of this model, left out', self.unexpected), ('of another shape, left out', self.mismatched),
+                             ('to start anew, left out', self.withheld)):
             if names: parts.append(f'{len(names)} {title}:\n    ' + '\n    '.join(names))
         return '\n'.join(parts)
 
 BUFFERS = r'pixel_mean|pixel_std|.*anchor_generator\..*|.*num_batches_tracked'     # constants in older files; counters
 
-def load_weights(model:nn.Module, path:str|Path)->Loaded: # names in the model's order
+def load_weights(model:nn.Module, path:str|Path,
+                 *, without:tuple[str, ...]=(), # parts of names that start anew in any case
+                 )->Loaded:                     # names in the model's order
     "Load what fits from .safetensors, .pth or .pkl: this project's, detectron2's, U2Seg's, CutLER's, DINO's or torchvision's names."
     state, own = rename_weights(read_weights(path)), model.state_dict()
-    fits = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
+    withheld = [k for k in own if k in state and any(w in k for w in without)]
+    fits = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape and k not in withheld}
     if not fits: raise ValueError(f'{path}: not one weight fits this model; the file begins with {", ".join(list(state)[:3]) or "nothing"}')
     model.load_state_dict(fits, strict=False)
     return Loaded([k for k in own if k in fits], [k for k in own if k not in state and not re.fullmatch(BUFFERS, k)],
                   [k for k in state if k not in own and not re.fullmatch(BUFFERS, k)],
-                  [f'{k} {list(state[k].shape)}, here {list(own[k].shape)}' for k in own if k in state and k not in fits])
+                  [f'{k} {list(state[k].shape)}, here {list(own[k].shape)}' for k in own if k in state and k not in fits and k not in withheld], withheld)
 
 # %% ../nbs/30_model.ipynb #save_weights
 def save_weights(model:PanopticRCNN, path:str|Path): # *.safetensors; model.yaml is written beside it
