@@ -20,7 +20,7 @@ from u2seg.labeller import PatchFeatures, extractor, gather_features, segment, w
 from u2seg.matching import match_clusters, pixel_votes
 from u2seg.stego import fit_kmeans, fit_stego, refit_probe
 
-FIT = ('n_classes', 'code_dim', 'dropout', 'n_steps', 'batch_size', 'lr', 'lr_probe', 'w_self', 'w_knn', 'w_rand', 'b_self', 'b_knn', 'b_rand', 'n_points', 'n_random')
+FIT = ('n_classes', 'code_dim', 'dropout', 'n_steps', 'batch_size', 'lr', 'lr_probe', 'w_self', 'w_knn', 'w_rand', 'b_self', 'b_knn', 'b_rand', 'n_points', 'n_random', 'pointwise')
 
 
 def scores(votes):

@@ -15,7 +15,7 @@ from u2seg.labeller import (Head, Labeller, PatchFeatures, PcaHead, collect_file
 from u2seg.stego import fit_kmeans, fit_labeller, fit_stego, linear_probe, load_stego_checkpoint, refit_probe, step_batch
 
 G = lambda seed=0: torch.Generator().manual_seed(seed)
-KNOBS = dict(w_self=.67, w_knn=.25, w_rand=.63, b_self=.08, b_knn=.02, b_rand=.3, n_points=4, n_random=2)
+KNOBS = dict(w_self=.67, w_knn=.25, w_rand=.63, b_self=.08, b_knn=.02, b_rand=.3, n_points=4, n_random=2, pointwise=True)
 FIT = dict(n_classes=3, code_dim=4, dropout=.1, n_steps=12, batch_size=4, lr=1e-2, lr_probe=5e-2, seed=5, log_every=1) | KNOBS
 
 
@@ -111,6 +111,14 @@ def test_step_loss_is_the_weighted_sum_of_its_pairs():
         rand += plain_loss(sample(f, pa), sample(f[p], pb), sample(c, pa), sample(c[p], pb), KNOBS['b_rand']) / 2
     assert got['self'].item() == pytest.approx(own, abs=1e-6) and got['knn'].item() == pytest.approx(knn, abs=1e-6) and got['rand'].item() == pytest.approx(rand, abs=1e-6)
     assert got['loss'].item() == pytest.approx(.67 * own + .25 * knn + .63 * rand, abs=1e-6)
+
+
+def test_step_loss_without_centring():
+    g = G(2); f, c = torch.randn(3, 5, 6, 6, generator=g), torch.randn(3, 3, 6, 6, generator=g)
+    got = stego_loss(f, c, f, c, generator=G(9), **KNOBS | dict(pointwise=False))
+    g = G(9); pa, pb = random_points(3, 4, g), random_points(3, 4, g)
+    knn = plain_loss(sample(f, pa), sample(f, pb), sample(c, pa), sample(c, pb), KNOBS['b_knn'], pointwise=False)
+    assert got['knn'].item() == pytest.approx(knn, abs=1e-6)
 
 
 @pytest.mark.parametrize('block', [1, 7, 4096])
@@ -308,6 +316,18 @@ def test_export_resumes_and_survives_the_pipelines_clearing(pictures, labeller, 
     assert want == {p.name: p.read_bytes() for p in (root/'semantic').iterdir()}
     labeller.clusters += 1
     with pytest.raises(ZeroDivisionError): run()                                 # but another labeller starts anew
+
+
+def test_processes_write_the_same_maps(pictures):
+    from u2seg.features import ViTFeatures
+    torch.manual_seed(0); vit = ViTFeatures(dict(img_size=32, patch_size=8, embed_dim=12, depth=2, num_heads=2))
+    lab, (root, files) = Labeller(Head(12, 4), torch.randn(5, 4, generator=G(4))).eval().requires_grad_(False), pictures
+    made = []
+    for n in (1, 2):                                                             # three shards for two processes
+        records, skipped = write_semantic(lab, extractor(vit, 'block0'), root, files, root/f'maps{n}', work_folder=root/f'work{n}', n_procs=n, batch_size=2, shard_size=2, **ARGS)
+        made.append((records, skipped, {p.name: p.read_bytes() for p in (root/f'maps{n}').iterdir()}))
+    assert made[0] == made[1] and [s['file_name'] for s in skipped] == ['4.png'] and len(records) == 5
+    with pytest.raises(ValueError, match='1 or more, got 0'): write_semantic(lab, extract, root, files, root/'maps0', work_folder=root/'work0', n_procs=0, **ARGS)
 
 
 def test_collect_files_empties_its_target(tmp_path):

@@ -7,6 +7,8 @@ __all__ = ['unit', 'correspondence', 'correspondence_loss', 'random_points', 'sa
            'nearest_images']
 
 # %% ../nbs/48_correspondence.ipynb #imports
+from functools import partial
+
 import faiss
 import numpy as np
 import torch
@@ -69,15 +71,17 @@ def stego_loss(feat:Tensor, code:Tensor,         # [b, d, h, w], [b, c, h, w] of
                b_self:float, b_knn:float, b_rand:float,
                n_points:int,                     # places a side
                n_random:int,                     # random partners an image
+               pointwise:bool,                   # centre the agreement of each place (the release)
                generator:torch.Generator,
                )->dict[str, Tensor]:             # 'self', 'knn', 'rand' and their weighted sum 'loss'
     "The loss of one step, all three kinds of pairs."
+    loss = partial(correspondence_loss, pointwise=pointwise)
     pa, pb = (random_points(len(feat), n_points, generator) for _ in range(2))
     fa, ca = sample(feat, pa), sample(code, pa)
-    own = correspondence_loss(fa, fa, ca, ca, b_self)
-    knn = correspondence_loss(fa, sample(feat_knn, pb), ca, sample(code_knn, pb), b_knn)
+    own = loss(fa, fa, ca, ca, b_self)
+    knn = loss(fa, sample(feat_knn, pb), ca, sample(code_knn, pb), b_knn)
     partners = [random_partners(len(feat), generator).to(feat.device) for _ in range(n_random)]
-    rand = torch.stack([correspondence_loss(fa, sample(feat[p], pb), ca, sample(code[p], pb), b_rand) for p in partners]).mean()
+    rand = torch.stack([loss(fa, sample(feat[p], pb), ca, sample(code[p], pb), b_rand) for p in partners]).mean()
     return dict(loss=w_self * own + w_knn * knn + w_rand * rand, self=own, knn=knn, rand=rand)
 
 # %% ../nbs/48_correspondence.ipynb #nearest_images

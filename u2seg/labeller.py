@@ -8,9 +8,10 @@ __all__ = ['drop_channels', 'Head', 'PcaHead', 'probe_loss', 'cluster_cosines', 
            'collect_files', 'write_semantic', 'save_labeller', 'load_labeller', 'segmenter']
 
 # %% ../nbs/49_labeller.ipynb #imports
-import hashlib, json, os, shutil
+import hashlib, json, math, os, shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import faiss
@@ -21,6 +22,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.multiprocessing import start_processes
 from tqdm.auto import tqdm
 
 from .crf import dense_crf
@@ -124,9 +126,11 @@ def extractor(vit,           # `ViTFeatures`
     n = len(vit.vit.blocks)
     allowed = ['patches', 'keys', *(f'block{i}' for i in range(n))]
     if feature not in allowed: raise ValueError(f'feature must be one of {", ".join(allowed)}, got {feature!r}')
-    if not feature.startswith('block'): return getattr(vit, feature)
-    def tokens(images): return vit.vit.get_intermediate_layers(images.to(vit.dtype), n=[int(feature[5:])], reshape=True)[0].float()
-    return torch.no_grad()(tokens)
+    return partial(_block_tokens, vit, int(feature[5:])) if feature.startswith('block') else getattr(vit, feature)
+
+@torch.no_grad()
+def _block_tokens(vit, block, images):
+    return vit.vit.get_intermediate_layers(images.to(vit.dtype), n=[block], reshape=True)[0].float()
 
 # %% ../nbs/49_labeller.ipynb #PatchFeatures
 class PatchFeatures:
@@ -225,19 +229,38 @@ def collect_files(source:str|Path, target:str|Path, names:list[str]):
 
 def write_semantic(labeller:Labeller, extract:Callable, root:str|Path, images:list[dict], folder:str|Path,
                    *, size:int, patch_size:int, alpha:float, flip:bool, crf:dict|None,
-                   work_folder:str|Path, batch_size:int=16)->tuple[list[dict], list[dict]]: # records [{id, counts of each cluster}], skipped
+                   work_folder:str|Path,
+                   n_procs:int=1, # processes of one thread each; with more than one, `extract` must be picklable
+                   batch_size:int=16, shard_size:int=128)->tuple[list[dict], list[dict]]: # records [{id, counts of each cluster}], skipped
     "Write `folder/%012d.png` for every image; resumes; unreadable images are skipped and reported."
+    if n_procs < 1: raise ValueError(f'n_procs must be 1 or more, got {n_procs}')
     knobs = dict(size=size, patch_size=patch_size, alpha=alpha, flip=flip, crf=crf)
     state = b''.join(v.detach().cpu().numpy().tobytes() for v in labeller.state_dict().values())
     work_folder = Path(work_folder)/hashlib.sha256(state + json.dumps(knobs, sort_keys=True).encode()).hexdigest()[:16]
+    share = partial(_write_share, labeller, extract, root, images, work_folder, knobs, dict(batch_size=batch_size, shard_size=shard_size))
+    n = 1 if labeller.clusters.is_cuda else min(n_procs, math.ceil(len(images) / shard_size))
+    if n > 1: start_processes(_one_process, (n, share), n, start_method='spawn')
+    records, skipped = share('semantic')                       # after the processes: reads what they have made
+    collect_files(work_folder/'semantic', folder, [f"{r['id']:012d}.png" for r in records])
+    return records, skipped
+
+# %% ../nbs/49_labeller.ipynb #write_share
+def _write_share(labeller, extract, root, images, folder, knobs, sizes, desc=''):
+    "The shards of this process (`sharded`)."
+    n_threads, on_cpu = torch.get_num_threads(), not labeller.clusters.is_cuda
     def load(item): return item, read_image(Path(root)/item['file_name'])
     def work(loaded):
         maps = segment(labeller, extract, [image for _, image in loaded], **knobs)
-        for (item, _), m in zip(loaded, maps): write_png(work_folder/'semantic'/f"{item['id']:012d}.png", m)
+        for (item, _), m in zip(loaded, maps): write_png(folder/'semantic'/f"{item['id']:012d}.png", m)
         return [dict(id=item['id'], counts=np.bincount(m.ravel(), minlength=len(labeller.clusters)).tolist()) for (item, _), m in zip(loaded, maps)]
-    records, skipped = sharded(images, load, work, work_folder, key=knobs, batch_size=batch_size, desc='semantic')
-    collect_files(work_folder/'semantic', folder, [f"{r['id']:012d}.png" for r in records])
-    return records, skipped
+    if on_cpu: torch.set_num_threads(1)
+    try: return sharded(images, load, work, folder, key=knobs, desc=desc, **sizes)
+    finally: torch.set_num_threads(n_threads)
+
+def _one_process(i, n, share):
+    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    os.environ.update(RANK=str(rank * n + i), WORLD_SIZE=str(world * n))
+    share('semantic' if i == 0 else '')
 
 # %% ../nbs/49_labeller.ipynb #save_labeller
 def save_labeller(path:str|Path, labeller:Labeller,

@@ -70,11 +70,11 @@ def _write_log(folder, rows):
 def fit_stego(features,                # indexable by view numbers -> [b, d, h, w]: a tensor or `PatchFeatures`
               neighbors:Tensor,        # int64 [n, r], `nearest_images`
               *, n_classes:int, code_dim:int, dropout:float, n_steps:int, batch_size:int, lr:float, lr_probe:float,
-              w_self:float, w_knn:float, w_rand:float, b_self:float, b_knn:float, b_rand:float, n_points:int, n_random:int,
+              w_self:float, w_knn:float, w_rand:float, b_self:float, b_knn:float, b_rand:float, n_points:int, n_random:int, pointwise:bool,
               seed:int, folder:str|Path, # checkpoint.pt and log.csv
               checkpoint_every:int=500, log_every:int=10)->Labeller:
     "Train STEGO's head and cluster probe; resumes from `folder`; `RuntimeError` on a loss that is not finite, the last checkpoint kept."
-    knobs = dict(w_self=w_self, w_knn=w_knn, w_rand=w_rand, b_self=b_self, b_knn=b_knn, b_rand=b_rand, n_points=n_points, n_random=n_random)
+    knobs = dict(w_self=w_self, w_knn=w_knn, w_rand=w_rand, b_self=b_self, b_knn=b_knn, b_rand=b_rand, n_points=n_points, n_random=n_random, pointwise=pointwise)
     first = features[torch.arange(2)]
     labeller = _new_labeller(first.shape[1], n_classes, code_dim, dropout, seed).to(first.device)
     optimizer = torch.optim.Adam([dict(params=labeller.head.parameters(), lr=lr), dict(params=[labeller.clusters], lr=lr_probe)])
@@ -124,13 +124,13 @@ def fit_kmeans(features, *, n_classes:int, code_dim:int, smooth:int, seed:int)->
 
 # %% ../nbs/50_stego.ipynb #fit_labeller
 def fit_labeller(features, neighbors:Tensor, *, labeller:str, probe:str, smooth:int, n_classes:int, code_dim:int, dropout:float, n_steps:int, batch_size:int, lr:float, lr_probe:float,
-                 w_self:float, w_knn:float, w_rand:float, b_self:float, b_knn:float, b_rand:float, n_points:int, n_random:int, seed:int, folder:str|Path)->Labeller:
+                 w_self:float, w_knn:float, w_rand:float, b_self:float, b_knn:float, b_rand:float, n_points:int, n_random:int, pointwise:bool, seed:int, folder:str|Path)->Labeller:
     "A labeller of the kind that is asked for: 'stego' (probe 'sgd' or 'kmeans') or 'kmeans'."
     if labeller not in ('stego', 'kmeans'): raise ValueError(f"labeller must be 'stego' or 'kmeans', got {labeller!r}")
     if probe not in ('sgd', 'kmeans'): raise ValueError(f"probe must be 'sgd' or 'kmeans', got {probe!r}")
     if labeller == 'kmeans': return fit_kmeans(features, n_classes=n_classes, code_dim=code_dim, smooth=smooth, seed=seed)
     model = fit_stego(features, neighbors, n_classes=n_classes, code_dim=code_dim, dropout=dropout, n_steps=n_steps, batch_size=batch_size, lr=lr, lr_probe=lr_probe,
-                      w_self=w_self, w_knn=w_knn, w_rand=w_rand, b_self=b_self, b_knn=b_knn, b_rand=b_rand, n_points=n_points, n_random=n_random, seed=seed, folder=folder)
+                      w_self=w_self, w_knn=w_knn, w_rand=w_rand, b_self=b_self, b_knn=b_knn, b_rand=b_rand, n_points=n_points, n_random=n_random, pointwise=pointwise, seed=seed, folder=folder)
     return model if probe == 'sgd' else refit_probe(model, features, seed=seed)
 
 # %% ../nbs/50_stego.ipynb #linear_probe
