@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KEYS', 'HEAD', 'SCORES', 'read_sweep', 'experiments', 'command', 'changed', 'check_experiments', 'score_rows',
-           'write_rows', 'read_rows', 'mean_and_spread', 'summary', 'margin', 'make_clone', 'run_experiment',
-           'run_sweep']
+           'write_rows', 'read_rows', 'mean_and_spread', 'summary', 'margin', 'figure', 'margins_table', 'ablation',
+           'make_clone', 'run_experiment', 'run_sweep']
 
 # %% ../nbs/91_sweep.ipynb #imports
 import csv, io, json, os, shutil, subprocess, sys
@@ -16,6 +16,7 @@ from queue import SimpleQueue
 import nbformat, numpy as np, yaml
 
 from .images import read_json, write_atomic
+from .show import Picture
 from .stage import declared, load_params, run_check, stage_notebook, stage_values, stages
 
 # %% ../nbs/91_sweep.ipynb #read_sweep
@@ -132,6 +133,55 @@ def margin(rows:list[dict], a:dict, b:dict, key:str)->dict|None: # mean, least, 
     if not d: return None
     verdict = 'shows' if min(d) > 0 else 'the opposite shows' if max(d) < 0 else 'equal' if min(d) == max(d) == 0 else 'the seeds disagree'
     return dict(mean=float(np.mean(d)), least=min(d), most=max(d), n=len(d), verdict=verdict)
+
+# %% ../nbs/91_sweep.ipynb #figure
+def figure(rows:list[dict], keys:list[str], **want)->Picture:
+    "Scores of each setting, one panel a score; dots are seeds, averaged over the shares."
+    rows = _chosen(rows, **want)
+    names = list(dict.fromkeys(r['setting'] for r in rows))
+    fig = Picture(figsize=(1 + 1.6 * len(keys), .5 + .26 * len(names))); axes = fig.subplots(1, len(keys), sharey=True, squeeze=False)[0]
+    for ax, k in zip(axes, keys):
+        for y, s in enumerate(names):
+            own = _chosen(rows, setting=s)
+            v = [100 * m[0] for seed in sorted({r['seed'] for r in own}) if (m := mean_and_spread(_chosen(own, seed=seed), k))]
+            if v: ax.plot(v, [y] * len(v), 'o', ms=4, alpha=.6, color='C0'); ax.plot([np.mean(v)] * 2, [y - .3, y + .3], '-', color='C1')
+        ax.set_title(k, fontsize=8); ax.tick_params(labelsize=7); ax.set_ylim(len(names) - .5, -.5)
+    axes[0].set_yticks(range(len(names)), names); fig.tight_layout()
+    return fig
+
+# %% ../nbs/91_sweep.ipynb #margins_table
+def _signed(x): return f'{100 * x:+.1f}'
+
+def margins_table(rows:list[dict],
+                  claims:list[tuple], # (words, row above, row below, scores)
+                  *, fitted_on:str='train')->str: # Markdown
+    "For each claim, share and score: the mean margin, its range over the seeds, the verdict."
+    lines = [['claim', 'share', 'score', 'margin', 'least', 'most', 'over the seeds'], [':--'] * 3 + ['--:'] * 3 + [':--']]
+    for share in dict.fromkeys(r['share'] for r in rows if r['method'] == 'vote'):
+        for words, a, b, keys in claims:
+            for k in keys:
+                m = margin(rows, *(dict(share=share, row=x, fitted_on=fitted_on, method='vote') for x in (a, b)), k)
+                if m: lines.append([f'U2Seg {words}', share, k, *map(_signed, (m['mean'], m['least'], m['most'])), f"{m['verdict']} ({m['n']})"])
+    for percent in dict.fromkeys(r['fitted_on'] for r in rows if r['method'] == 'labels'):
+        for a, b in (('u2seg', 'cutler'), ('cutler', 'random')):
+            for k in ('box_AP', 'mask_AP', 'PQ'):
+                m = margin(rows, *(dict(row=x, fitted_on=percent, method='labels') for x in (a, b)), k)
+                if m: lines.append([f'{a} is a better start than {b}', f'{percent} of the labels', k, *map(_signed, (m['mean'], m['least'], m['most'])), f"{m['verdict']} ({m['n']})"])
+    return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
+
+# %% ../nbs/91_sweep.ipynb #ablation
+def ablation(name:str, keys:list[str], # scores
+             *, root:str|Path)->tuple[str, list[dict]]: # Markdown, rows (none if it has not run)
+    "The tables of a sweep: its rows, then U2Seg under the other protocols."
+    sweep, path = read_sweep(Path(root)/'ablations'/'sweeps.yaml', name), Path(root)/'ablations'/f'{name}.csv'
+    if not path.exists(): return f"{sweep['question']} *Not run: `u2seg sweep {name}`.*", []
+    rows = read_rows(path)
+    names = [r for r in dict.fromkeys(r['row'] for r in rows if r['method'] == 'vote')]
+    parts = [f"{sweep['question']} Percent, mean over the shares, ± standard deviation over {len({r['seed'] for r in rows})} seeds."]
+    for words, fit, method, shown in (('clusters named on training images', 'train', 'vote', names), ("named on the evaluated images, the paper's protocol", 'val', 'vote', ['U2Seg']),
+                                      ('one cluster, one class, on training images', 'train', 'hungarian', ['U2Seg'])):
+        parts += [f'**{row}**, {words}\n\n{summary(rows, keys, row=row, fitted_on=fit, method=method)}' for row in shown if _chosen(rows, row=row, fitted_on=fit, method=method)]
+    return '\n\n'.join(parts), rows
 
 # %% ../nbs/91_sweep.ipynb #clone
 def _git(folder, *args, **kw): return subprocess.run(['git', *args], cwd=folder, check=True, capture_output=True, **kw).stdout
