@@ -102,6 +102,6 @@ def main(argv:list[str]|None=None)->int: # exit status
     args = vars(parser().parse_args(argv))
     fn, _ = args.pop('fn'), args.pop('verb')
     try: fn(**args)
-    except (ValueError, FileNotFoundError) as e:
+    except (ValueError, OSError) as e:                # a disk that is full or read-only is no fault of the program either
         print(f'u2seg: {e}', file=sys.stderr); return 1
     return 0

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .evaluate import check_runs
 from .images import encode_rle, instances_json, list_images, mask_to_box, read_ids, read_json, write_ids, write_json, write_png
 from .model import BLOCKS, build_model, load_weights, read_weights, rename_weights, save_weights
 from .panoptic import stuff_map
@@ -77,8 +78,8 @@ def convert_instances(path:str|Path, # JSON of COCO's, CutLER's or U2Seg's form
     given, notes, categories = _flat(read_json(path), path)
     sizes = {i: set() for i in given}
     try:
-        for a in notes: sizes[a['image_id']].add(tuple(int(v) for v in a['segmentation']['size']))
-    except (KeyError, TypeError, ValueError) as e: raise ValueError(f'{path}: an annotation without a run-length mask or of an unknown image ({type(e).__name__}: {e})') from None
+        for a in notes: sizes[a['image_id']].add(tuple(check_runs(a['segmentation'])['size']))
+    except (AttributeError, KeyError, TypeError, ValueError) as e: raise ValueError(f'{path}: an annotation without a run-length mask or of an unknown image ({type(e).__name__}: {e})') from None
     turned, entries = 0, {}
     for i, im in given.items(): entries[i], swapped = _upright(im, sizes[i], path); turned += swapped
     here = entries if images is None else _matched(entries, images, folders, path)
