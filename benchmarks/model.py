@@ -1,29 +1,31 @@
 """Inference and training step of our engine beside detectron2's: equal weights, equal pictures, alternating, medians.
 
     python benchmarks/model.py                          # the embedded student alone: images and iterations a second
-    python benchmarks/model.py --detectron2             # R50, k = 800, against detectron2 (it must be importable); writes results/model.md
+    python benchmarks/model.py --detectron2             # R50, k = 800, against detectron2 (it must be importable)
 """
 import argparse, statistics, sys, time
-from datetime import date
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]/'tests'))
 import u2seg.model as ours
+from machine import SIDES, heading, publish
 
 STUDENT = dict(n_things=24, n_stuff=12, depth=18, width=24, n_blocks=[1, 1, 2, 2], stem_kernel=5, stem_pool=False, norm='BN', fpn_norm='BN', fpn_first=3, fpn_channels=64, anchor_sizes=[16, 32, 56, 84],
                anchor_ratios=[.6, 1., 1.6], rpn_batch=64, rpn_pre_train=400, rpn_pre_test=200, rpn_post_train=150, rpn_post_test=100, roi_batch=48, roi_positive=.34, canonical_size=112, sampling_ratio=2,
                fc_dim=256, mask_pool=12, mask_dim=48, n_mask_convs=2, sem_dim=48, sem_loss_stride=2, decode='objectness', panoptic_area=64, min_size=128, max_size=128)
 
-def alternate(functions:dict, rounds:int)->dict[str, list[float]]:
-    "Seconds of each function, one after the other in each round; the first round is not counted."
+def alternate(functions:dict, rounds:int)->dict[str, list[tuple[float, float]]]:
+    "(Wall, CPU) seconds of each function, one after the other in each round; the first round is not counted."
     out = {k: [] for k in functions}
     for i in range(rounds + 1):
         for k, f in functions.items():
-            start = time.perf_counter(); f()
-            if i: out[k].append(time.perf_counter() - start)
+            wall, cpu = time.perf_counter(), time.process_time(); f()
+            if i: out[k].append((time.perf_counter() - wall, time.process_time() - cpu))
     return out
+
+def median(times, which): return statistics.median(t[which] for t in times)
 
 def pictures(n, h, w, n_things, n_stuff, n_labels=6):
     g = torch.Generator().manual_seed(0)
@@ -48,7 +50,7 @@ def student(rounds):
     train = alternate(dict(train=lambda: step(model.train(), optimizer, images, targets)), rounds)['train']
     model.eval()
     with torch.inference_mode(): infer = alternate(dict(infer=lambda: model(images)), rounds)['infer']
-    return statistics.median(train), statistics.median(infer) / 8
+    return median(train, 1), median(infer, 1) / 8
 
 def beside_torchvision(rounds):
     "RoIAlign forward and backward at the student's size: 384 regions, 64 channels, 32 x 32 cells, 7 x 7 bins."
@@ -79,25 +81,25 @@ def beside_detectron2(rounds, height, width):
     return train, infer
 
 def row(name, times):
-    ours_s, theirs_s = (statistics.median(times[k]) for k in ('ours', 'theirs'))
-    pairs = sorted(b / a for a, b in zip(times['ours'], times['theirs']))
-    return f'| {name} | {ours_s:.3g} | {theirs_s:.3g} | {theirs_s / ours_s:.2f} ({pairs[0]:.2f} to {pairs[-1]:.2f}) |'
+    cells = []
+    for which in 0, 1:
+        pairs = sorted(b[which] / a[which] for a, b in zip(times['ours'], times['theirs']))
+        cells.append(f"{median(times['ours'], which):.3g} | {median(times['theirs'], which):.3g} | {median(times['theirs'], which) / median(times['ours'], which):.2f} ({pairs[0]:.2f} to {pairs[-1]:.2f})")
+    return f'| {name} | {" | ".join(cells)} |'
+
+def table(theirs): return ['', f'| | ours, wall s | {theirs}, wall s | ratio | ours, CPU s | {theirs}, CPU s | ratio |', '|---|---|---|---|---|---|---|']
 
 if __name__ == '__main__':
-    p = argparse.ArgumentParser(description=__doc__)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--detectron2', action='store_true'); p.add_argument('--rounds', type=int, default=5); p.add_argument('--threads', type=int, default=torch.get_num_threads())
-    p.add_argument('--size', type=int, nargs=2, default=[800, 1088], help='height and width of the pictures beside detectron2'); p.add_argument('--write', action='store_true', help='write results/model.md')
+    p.add_argument('--size', type=int, nargs=2, default=[800, 1088], help='height and width of the pictures beside detectron2'); p.add_argument('--out', help='write the result to this file')
     a = p.parse_args()
     torch.set_num_threads(a.threads)
-    train, infer = student(a.rounds)
-    lines = [f'# The student, {date.today()}', '', f'torch {torch.__version__}, {a.threads} thread(s), medians of {a.rounds} rounds.', '',
-             f'Embedded student (128 px, batch 8): {train:.2f} s a training iteration, {infer * 1000:.0f} ms a picture at inference.']
-    lines += ['', 'RoIAlign, forward and backward, 384 regions of the student:', '', '| | ours, s | torchvision, s | ratio |', '|---|---|---|---|', row('RoIAlign', beside_torchvision(a.rounds))]
+    lines = heading('The network', a.threads, ['torch', 'torchvision'] + ['detectron2'] * a.detectron2, f'{SIDES} Medians of {a.rounds} rounds after one that is not counted; in brackets the range over the pairs.')
     if a.detectron2:
         t, i = beside_detectron2(a.rounds, *a.size)
-        lines += ['', f'R50, k = 800, pictures of {a.size[0]} x {a.size[1]}, on CPU, alternating (ratio of the medians; range over the pairs):', '',
-                  '| | ours, s | detectron2, s | ratio |', '|---|---|---|---|', row('training step, batch 2', t), row('inference, one picture', i)]
-    print('\n'.join(lines))
-    if a.write:
-        out = Path(__file__).parent/'results'/'model.md'
-        out.parent.mkdir(exist_ok=True); out.write_text('\n'.join(lines) + '\n')
+        lines += [f'R50, 800 clusters, 27 stuff labels, pictures of {a.size[0]} x {a.size[1]}, equal weights, 100 detections a picture:', *table('detectron2'), row('training step, 2 pictures', t), row('inference, 1 picture', i), '']
+    lines += ['RoIAlign, forward and backward, 384 regions of the student:', *table('torchvision'), row('RoIAlign', beside_torchvision(a.rounds)), '']
+    train, infer = student(a.rounds)
+    lines += [f'The embedded student alone (128 px): {train:.2f} CPU seconds a training iteration of 8 pictures, {infer * 1000:.0f} ms a picture at inference.']
+    publish(lines, a.out)

@@ -8,8 +8,8 @@ __all__ = ['DEFAULTS', 'BLOCKS', 'CHOICES', 'MEAN', 'STD', 'BUFFERS', 'check_con
            'cell_anchors', 'grid_anchors', 'match_anchors', 'match_regions', 'random_keys', 'sample', 'RPNHead',
            'rpn_losses', 'grouped_nms', 'top_proposals', 'nonempty', 'RPN', 'region_levels', 'Pooler', 'BoxHead',
            'BoxPredictor', 'MaskHead', 'all_labels', 'label_regions', 'sample_regions', 'droploss_weights',
-           'box_losses', 'mask_targets', 'choose', 'RoIHeads', 'cascade_losses', 'mask_loss', 'detections',
-           'SemSegHead', 'paste_masks', 'combine', 'PanopticRCNN', 'padded_sem', 'results', 'build_model',
+           'process_share', 'box_losses', 'mask_targets', 'choose', 'RoIHeads', 'cascade_losses', 'mask_loss',
+           'detections', 'SemSegHead', 'paste_masks', 'combine', 'PanopticRCNN', 'padded_sem', 'results', 'build_model',
            'read_weights', 'rename_weights', 'Loaded', 'load_weights', 'save_weights', 'read_config']
 
 # %% ../nbs/30_model.ipynb #imports
@@ -525,12 +525,20 @@ def droploss_weights(moved:Tensor, image:Tensor, gt:dict, threshold:float)->Tens
     best, _ = match_regions(moved, image, gt['boxes'], gt['image'])
     return ((best > threshold) | ~torch.isin(image, gt['image'])).float()
 
+# %% ../nbs/30_model.ipynb #process_share
+def process_share(n:int|Tensor, device:torch.device)->Tensor|float: # scalar; 1 if there is one process
+    "A process' count over the mean count of all."
+    if not (dist.is_initialized() and dist.get_world_size() > 1): return 1.
+    own = torch.as_tensor(n, dtype=torch.float, device=device)
+    total = own.clone(); dist.all_reduce(total)
+    return own * dist.get_world_size() / total.clamp(min=1)
+
 # %% ../nbs/30_model.ipynb #box_losses
 def box_losses(logits:Tensor, deltas:Tensor, boxes:Tensor, labels:Tensor, goals:Tensor, # [r, K + 1], [r, 4], [r, 4], int64 [r], [r, 4] each region's label's box
                *, weights:list, keep:Tensor|float)->tuple[Tensor, Tensor]: # class loss, box loss
-    fore, n = (labels < logits.shape[1] - 1).nonzero()[:, 0], max(len(labels), 1)
-    return ((F.cross_entropy(logits, labels, reduction='none') * keep).sum() / n,
-            (deltas[fore] - encode_boxes(boxes[fore], goals[fore], weights)).abs().sum() / n)
+    fore, n, share = (labels < logits.shape[1] - 1).nonzero()[:, 0], max(len(labels), 1), process_share(len(labels), logits.device)
+    return ((F.cross_entropy(logits, labels, reduction='none') * keep).sum() / n * share,
+            (deltas[fore] - encode_boxes(boxes[fore], goals[fore], weights)).abs().sum() / n * share)
 
 # %% ../nbs/30_model.ipynb #mask_targets
 @torch.no_grad()
@@ -602,8 +610,9 @@ def cascade_losses(heads:RoIHeads, features, proposals, sizes, targets)->dict[st
 
 def mask_loss(heads, features, targets, boxes, image, labels, index)->Tensor:
     logits = heads.mask_head(heads.mask_pooler(features, boxes, image), labels).float()
+    share = process_share(len(boxes), logits.device)
     if not len(boxes): return logits.sum() * 0
-    return F.binary_cross_entropy_with_logits(logits, mask_targets(targets, boxes, image, index, logits.shape[-1]).to(logits))
+    return F.binary_cross_entropy_with_logits(logits, mask_targets(targets, boxes, image, index, logits.shape[-1]).to(logits)) * share
 
 # %% ../nbs/30_model.ipynb #detections
 def detections(heads:RoIHeads, features, proposals, sizes)->list[dict]: # boxes, scores, labels, mask_probs [n, s, s] of each picture
@@ -639,7 +648,8 @@ class SemSegHead(nn.Module):
     def loss(self, logits, sem): # [b, c, h, w], int64 [b, H, W]
         s = self.loss_stride
         logits, sem = F.interpolate(logits.float(), scale_factor=self.stride / s, mode='bilinear', align_corners=False), sem[:, ::s, ::s]
-        return dict(loss_sem_seg=self.weight * F.cross_entropy(logits, sem, ignore_index=255, reduction='sum') / (sem != 255).sum().clamp(min=1))
+        n = (sem != 255).sum()
+        return dict(loss_sem_seg=self.weight * F.cross_entropy(logits, sem, ignore_index=255, reduction='sum') / n.clamp(min=1) * process_share(n, sem.device))
 
 # %% ../nbs/30_model.ipynb #paste_masks
 def paste_masks(probs:Tensor, # [n, s, s]

@@ -339,7 +339,9 @@ def _average_gradients(parameters, world):
 def _processes():
     "(rank, world) of this process; joins torchrun's group if there is one."
     world = int(os.environ.get('WORLD_SIZE', 1))
-    if world > 1 and not dist.is_initialized(): dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo')
+    if world > 1 and not dist.is_initialized():
+        if torch.cuda.is_available(): torch.cuda.set_device(device())
+        dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo')
     return (dist.get_rank(), dist.get_world_size()) if world > 1 else (0, 1)
 
 # %% ../nbs/32_train.ipynb #fit
@@ -353,7 +355,7 @@ def fit(model:nn.Module,   # `model(images, targets) -> {name: loss}` in trainin
         clip:str|None, clip_value:float, # see `clip_gradients`
         loss_weights:dict[str, float], # factors of the losses whose names begin so, e.g. {'loss_cls': 2.}
         amp:str|None,      # None, 'bf16', 'fp16'
-        accumulate:int,    # parts of each batch; the step is that of the whole batch
+        accumulate:int,    # parts of each batch; losses and gradients are the parts' means
         ema:float,         # decay of the averaged weights, which are then the result; 0: none
         precise_bn:int,    # batches for BatchNorm's statistics after the last iteration
         checkpoint_every:int, log_every:int=20, n_workers:int=0, # loader processes; they change speed alone

@@ -1,0 +1,46 @@
+"Numbers recorded from detectron2 (make_golden.py): parity is checked where it is not installed."
+import numpy as np
+import pytest
+import torch
+
+import u2seg.model as M
+from make_golden import network, path, scene, summary
+
+@pytest.fixture(scope='module')
+def pair():
+    "What detectron2 computed, and what we do."
+    patch = pytest.MonkeyPatch()
+    patch.setattr(M, 'random_keys', lambda n, seed, device: torch.arange(n, dtype=torch.float))       # the first candidates, as recorded
+    model, (image, target) = network(), scene()
+    with torch.inference_mode(): found = model.eval()([image])[0]
+    losses = model.double().train()([image.double()], [dict(target, boxes=target['boxes'].double())])
+    sum(losses.values()).backward()
+    patch.undo()
+    return dict(np.load(path)), {k: np.asarray(v) for k, v in summary(found, losses, {k: p.grad for k, p in model.named_parameters()}).items()}
+
+def test_the_recording_shows_enough(pair):
+    golden, _ = pair
+    assert path.stat().st_size < 30_000 and len(golden['scores']) >= 10 and len(set(golden['labels'].tolist())) > 1
+    assert (golden['categories'] <= 6).any() and (golden['categories'] > 6).any() and golden['loss_mask'] > 0
+
+@pytest.mark.parametrize('what, limit', [('scores', 1e-4), ('boxes', 1e-2), ('sem_logits', 1e-3)])
+def test_outputs(pair, what, limit):
+    golden, mine = pair
+    assert mine[what].shape == golden[what].shape and np.abs(mine[what] - golden[what]).max() < limit
+
+def test_labels_masks_and_panoptic_map(pair):
+    golden, mine = pair
+    assert (mine['labels'] == golden['labels']).all() and (mine['categories'] == golden['categories']).all()
+    assert np.abs(mine['mask_area'] - golden['mask_area']).max() <= 2 and (np.unpackbits(mine['mask']) != np.unpackbits(golden['mask'])).mean() < 1e-3 and (mine['ids'] != golden['ids']).mean() < 1e-3
+
+def test_losses(pair):
+    golden, mine = pair
+    names = {k for k in golden if k.startswith('loss_')}
+    assert names == {k for k in mine if k.startswith('loss_')} and len(names) == 10
+    for k in names: assert abs(mine[k] - golden[k]) < 1e-4, k
+
+def test_gradients(pair):
+    golden, mine = pair
+    for k in (k for k in golden if k.startswith(('gradient', 'norm'))):
+        scale = golden['norm' + k[k.index(' '):]]
+        assert scale > 0 and np.abs(mine[k] - golden[k]).max() < 1e-3 * scale, k
