@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
+from PIL import Image
 
-from u2seg.images import encode_rle, instances_json, mask_to_box, read_ids, read_json, write_png
+from u2seg.images import by_image, encode_rle, instances_json, mask_to_box, read_ids, read_json, write_png
 from u2seg.labeller import read_semantic
-from u2seg.panoptic import categories, merge, stuff_map, write_labels
+from u2seg.panoptic import categories, link_images, merge, stuff_map, write_labels
 
 N = 9
 
@@ -202,6 +203,56 @@ def test_instances_keep_their_whole_masks(label_set):
         assert (coco.annToMask(a) == coco_mask.decode(b['segmentation'])).all() and a['area'] == coco_mask.area(b['segmentation'])
     assert counts['n_instances'] > counts['n_things'] or any(                    # overlaps are really there: the map shows less of some
         s['area'] < coco_mask.area(b['segmentation']) for r in read_json(out/'panoptic.json')['annotations'] for s in r['segments_info'] for b in given)
+
+
+def test_panopticapi_reads_the_set(label_set):
+    evaluation = pytest.importorskip('panopticapi.evaluation', reason='panopticapi is not installed')
+    _, out = label_set()
+    panoptic = read_json(out/'panoptic.json'); cats = {c['id']: c for c in panoptic['categories']}
+    pairs = [(a, a) for a in panoptic['annotations']]                            # the set against itself: ids, areas and categories are checked on the way
+    stat = evaluation.pq_compute_single_core(0, pairs, str(out/'panoptic'), str(out/'panoptic'), cats)
+    assert stat.pq_average(cats, isthing=None)[0] == dict(pq=1., sq=1., rq=1., n=len({s['category_id'] for a in panoptic['annotations'] for s in a['segments_info']}))
+
+
+def test_detectron2_reads_the_set(label_set):
+    pytest.importorskip('detectron2', reason='detectron2 is not installed')
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+    from detectron2.data.datasets import register_coco_panoptic_separated
+    from detectron2.data.datasets.coco_panoptic import load_coco_panoptic_json
+    _, out = label_set(); pictures(label_set.root); link_images(out, label_set.root)
+    name = 'u2seg_test_separated'
+    if name in DatasetCatalog.list(): DatasetCatalog.remove(name); MetadataCatalog.remove(name)
+    register_coco_panoptic_separated('u2seg_test', {}, str(out/'images'), str(out/'panoptic'), str(out/'panoptic.json'), str(out/'stuff'), str(out/'instances_by_id.json'))
+    records, given = DatasetCatalog.get(name), by_image(read_json(out/'instances.json'))
+    assert [r['image_id'] for r in records] == [1, 2, 3, 5, 6]
+    for r in records:
+        assert (np.asarray(Image.open(r['file_name'])) == r['image_id']).all() and read_semantic(r['sem_seg_file_name']).shape == (r['height'], r['width']) == (20, 30)
+        assert [a['segmentation'] for a in r['annotations']] == [a['segmentation'] for a in given[r['image_id']]]
+    meta = dict(thing_dataset_id_to_contiguous_id={i: i - 1 for i in range(1, N + 1)}, stuff_dataset_id_to_contiguous_id={i: i - 1 for i in range(N + 1, N + 6)})
+    maps = load_coco_panoptic_json(str(out/'panoptic.json'), str(out/'images'), str(out/'panoptic'), meta)
+    for r in maps: assert set(np.unique(read_ids(r['pan_seg_file_name']))) - {0} == {s['id'] for s in r['segments_info']}
+
+
+def pictures(root):
+    "A picture for each image of the set, all of whose pixels are its id."
+    (root/'p').mkdir(exist_ok=True)
+    for i in range(1, 7): Image.new('RGB', (30, 20), (i, i, i)).save(root/'p'/f'{i}.jpg', quality=100)
+
+
+def test_pictures_are_linked_by_id(label_set):
+    _, out = label_set(); pictures(label_set.root)
+    for _ in range(2): assert link_images(out, label_set.root) == 5               # again: the same
+    coco = COCO(str(out/'instances_by_id.json'))
+    for im in coco.imgs.values(): assert (np.asarray(Image.open(out/'images'/im['file_name'])) == im['id']).all()
+    assert sorted(p.stem for p in (out/'images').iterdir()) == sorted(p.stem for p in (out/'stuff').iterdir())
+
+
+def test_other_stuff_maps_start_anew(label_set):
+    _, out = label_set(); before = (out/'panoptic.json').read_bytes()
+    write_png(label_set.root/'semantic'/'000000000001.png', np.full((20, 30), 4, np.uint8))
+    label_set()
+    first = read_json(out/'panoptic.json')['annotations'][0]
+    assert (out/'panoptic.json').read_bytes() != before and [s['category_id'] for s in first['segments_info'] if s['category_id'] > N] == [N + 5]
 
 
 def test_keep_empty_is_a_switch(label_set):

@@ -433,3 +433,20 @@ def test_checkpoint_that_is_none(tmp_path):
     with pytest.raises(ValueError, match='net.cluster2.0.weight is missing'): load_stego_checkpoint(tmp_path/'half.ckpt')
     (tmp_path/'text.ckpt').write_text('no checkpoint')
     with pytest.raises(ValueError, match='text.ckpt: not a checkpoint'): load_stego_checkpoint(tmp_path/'text.ckpt')
+
+
+def test_published_settings_are_complete_sections():
+    import nbformat, yaml
+    from pathlib import Path
+    from u2seg.stage import declared, run_check, stage_notebook, stage_values
+    root = Path(__file__).parents[1]; nb = nbformat.read(stage_notebook(root, 'stego'), 4)
+    files = sorted((root/'configs'/'stego').glob('*.yaml'))
+    assert [f.stem for f in files] == ['cityscapes_vit_base', 'cityscapes_vit_small', 'coco27_vit_base', 'coco27_vit_small']
+    for f in files:
+        params = yaml.safe_load(f.read_text()) | dict(data=dict(root='data', train=['x'], val=[]))
+        values = stage_values('stego', params, declared(nb)); run_check(nb, values | {'root': '.'})
+        s = params['stego']
+        assert s['code_dim'] == (90 if 'base' in f.stem else 70) and s['n_classes'] == 27 and s['pointwise'] and s['probe'] == 'sgd' and s['crops'] == 'five'
+    shifts = {f.stem: [yaml.safe_load(f.read_text())['stego'][k] for k in ('w_self', 'w_knn', 'w_rand', 'b_self', 'b_knn', 'b_rand')] for f in files}
+    assert shifts['coco27_vit_small'] == [.67, .25, .63, .08, .02, .66]                  # METHOD, section 4
+    assert shifts['coco27_vit_base'] == pytest.approx([.1, 1, .1538476246, .12, .2, 1])
