@@ -1,12 +1,12 @@
 """AP and PQ beside pycocotools and panopticapi, side by side in one run, one core.
 
-    OMP_NUM_THREADS=1 python benchmarks/metrics.py [--images 5000] [--repeats 7] [--write]
+    OMP_NUM_THREADS=1 python benchmarks/metrics.py [--images 5000] [--repeats 7] [--out benchmarks/results/metrics.md]
 
 Medians of alternating runs. Every pair of results is compared as well: a faster number that differs is no number.
+Memory is the peak of a process of its own, above what it held after its imports (VmHWM, reset before the work; Linux alone).
 panopticapi has no release on PyPI: without it (pip install git+https://github.com/cocodataset/panopticapi) its part is left out.
-`--write` puts the table into benchmarks/results/metrics.md with today's date.
 """
-import argparse, contextlib, copy, datetime, io, json, os, platform, resource, statistics, subprocess, sys, tempfile, time
+import argparse, contextlib, copy, io, json, os, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from machine import heading, publish
 from u2seg.images import write_ids, write_json
 from u2seg.metrics import instance_ap, panoptic_quality
 
@@ -21,13 +22,17 @@ SHARED = Path(os.environ.get('U2SEG_SHARED_DATA', Path(__file__).parents[2]/'sha
 
 
 def alternate(ours, theirs, repeats):
-    "Median seconds of each, run in turn; the ratio of the medians."
+    "Median seconds of each, run in turn, as (wall, CPU)."
     times = [], []
     for _ in range(repeats):
         for f, t in zip((ours, theirs), times):
-            start = time.perf_counter(); f(); t.append(time.perf_counter() - start)
-    a, b = map(statistics.median, times)
-    return a, b, b / a
+            wall, cpu = time.perf_counter(), time.process_time(); f(); t.append((time.perf_counter() - wall, time.process_time() - cpu))
+    return [[statistics.median(x) for x in zip(*t)] for t in times]
+
+
+def line(what, ours, theirs, unit, scale, worst):
+    "A row: wall times, ratio of wall times, of CPU times, largest difference of the results."
+    return f'| {what} | {scale * ours[0]:.3g} {unit} | {scale * theirs[0]:.3g} {unit} | **{theirs[0] / ours[0]:.1f}** | {theirs[1] / ours[1]:.1f} | {worst:.0e} |'
 
 
 def quietly(f, *args):
@@ -66,18 +71,58 @@ def synthetic_instances(folder, n_images, seed=0, n_classes=80, size=(480, 640))
     return len(objects), len(found)
 
 
-def peak(which, gt, dt):
-    "Peak memory in MB, above that of the imports, of one evaluation in a process of its own."
-    call = 'instance_ap(sys.argv[2], sys.argv[3])' if which == 'ours' else "pycocotools_ap(sys.argv[2], sys.argv[3], 'segm')"
-    code = f'import sys, resource; sys.path.insert(0, sys.argv[1]); from metrics import *; m = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; base = m(); {call}; print(m() - base)'
-    return int(subprocess.run([sys.executable, '-c', code, str(Path(__file__).parent), str(gt), str(dt)], capture_output=True, text=True, check=True).stdout) // 1024
+PEAK = """
+import sys, json; sys.path.insert(0, sys.argv[1])
+import metrics as m
+from pathlib import Path
+if sys.argv[2] != 'ours' and 'panopticapi' in sys.argv[2]: import panopticapi.evaluation
+def held(key): return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith(key))
+m.WORK[sys.argv[2]](*sys.argv[3:6], 1)                       # warm: what is compiled or loaded late is there
+open('/proc/self/clear_refs', 'w').write('5'); base = held('VmRSS')
+m.WORK[sys.argv[2]](*sys.argv[3:])
+print(max(held('VmHWM') - base, 0))
+"""
+
+def peak(work, a, b, c, n):
+    "Peak memory in MB of `WORK[work](a, b, c, n)` in a process of its own, above that of its imports and of one image."
+    return int(subprocess.run([sys.executable, '-c', PEAK, str(Path(__file__).parent), work, str(a), str(b), str(c), str(n)], capture_output=True, text=True, check=True).stdout) / 1024
+
+
+def first(gt, dt, folder, n):
+    "The first `n` images of an instance set, as files."
+    name = Path(folder)/f'first{n}'
+    if not name.with_suffix('.gt').exists():
+        g, d = json.loads(Path(gt).read_bytes()), json.loads(Path(dt).read_bytes())
+        write_json(name.with_suffix('.gt'), dict(g, images=g['images'][:n], annotations=[a for a in g['annotations'] if a['image_id'] <= n]))
+        write_json(name.with_suffix('.dt'), [a for a in d if a['image_id'] <= n])
+    return name.with_suffix('.gt'), name.with_suffix('.dt')
+
+
+def many(folder, n):
+    "`n` images of a panoptic set, its own over and over, and pairs for panopticapi."
+    gt, pred = (json.loads((Path(folder)/f'{x}.json').read_bytes()) for x in ('gt', 'pred'))
+    g, p = ([dict(x['annotations'][i % len(x['annotations'])], image_id=i) for i in range(n)] for x in (gt, pred))
+    return dict(gt, annotations=g), dict(annotations=p), list(zip(g, p))
+
+
+def pq_ours(folder, _, __, n):
+    gt, pred, _ = many(folder, int(n))
+    panoptic_quality(gt, Path(folder)/'gt', pred, Path(folder)/'pred')
+
+def pq_panopticapi(folder, _, __, n):
+    from panopticapi.evaluation import pq_compute_single_core
+    gt, _, pairs = many(folder, int(n))
+    quietly(pq_compute_single_core, 0, pairs, str(Path(folder)/'gt'), str(Path(folder)/'pred'), {c['id']: c for c in gt['categories']})
+
+WORK = dict(ap_ours=lambda gt, dt, folder, n: instance_ap(*first(gt, dt, folder, int(n))), ap_pycocotools=lambda gt, dt, folder, n: pycocotools_ap(*first(gt, dt, folder, int(n)), 'segm'),
+            pq_ours=pq_ours, pq_panopticapi=pq_panopticapi)
 
 
 def bench_ap(name, gt, dt, iou_type, repeats):
     ours, theirs = instance_ap(gt, dt, iou_type=iou_type), pycocotools_ap(gt, dt, iou_type)
     worst = max(abs(a - b) for a, b in zip(ours.values(), theirs))
-    a, b, ratio = alternate(lambda: instance_ap(gt, dt, iou_type=iou_type), lambda: pycocotools_ap(gt, dt, iou_type), repeats)
-    return f'| AP {iou_type}, {name} | {a:.3g} s | {b:.3g} s | **{ratio:.1f}** | {worst:.0e} |'
+    a, b = alternate(lambda: instance_ap(gt, dt, iou_type=iou_type), lambda: pycocotools_ap(gt, dt, iou_type), repeats)
+    return line(f'AP {iou_type}, {name}', a, b, 's', 1, worst)
 
 
 # PQ
@@ -112,9 +157,7 @@ def bench_pq(name, gt, gt_dir, pred, pred_dir, repeats):
     def ours(): return panoptic_quality(gt, gt_dir, pred, pred_dir)
     stat, s = theirs(), ours()
     worst = max(abs(stat.pq_average(cats, isthing=t)[0][k] - s[g][k]) for g, t in (('All', None), ('Things', True), ('Stuff', False)) for k in ('pq', 'sq', 'rq', 'n'))
-    a, b, ratio = alternate(ours, theirs, repeats)
-    n = len(gt['annotations'])
-    return f'| PQ, {name} | {1e3 * a / n:.3g} ms an image | {1e3 * b / n:.3g} ms an image | **{ratio:.1f}** | {worst:.0e} |'
+    return line(f'PQ, {name}', *alternate(ours, theirs, repeats), 'ms an image', 1e3 / len(gt['annotations']), worst)
 
 
 def moved_truth(gt, gt_dir, folder, seed=0):
@@ -132,37 +175,41 @@ def rows(n_images, repeats, tmp):
     ap, coco26 = SHARED/'ap', SHARED/'coco26'
     if ap.exists():
         for t in ('segm', 'bbox'): yield bench_ap('the 100 images of cocoapi', ap/'instances_val2014_100.json', ap/f'instances_val2014_fake{t}100_results.json', t, repeats)
-    else: yield f'| AP, the 100 images of cocoapi | {ap} is not here | | | |'
+    else: yield f'| AP, the 100 images of cocoapi | {ap} is not here | | | | |'
     n, m = synthetic_instances(tmp, n_images)
     for t in ('segm', 'bbox'): yield bench_ap(f'{n_images} images, {n} objects, {m} detections', tmp/'gt.json', tmp/f'{t}.json', t, max(repeats // 3, 1))
-    a, b = (peak(w, tmp/'gt.json', tmp/'segm.json') for w in ('ours', 'theirs'))
-    yield f'| peak memory of that, masks, above the imports | {a} MB | {b} MB | {b / max(a, 1):.1f} | |'
-    try: import panopticapi
-    except ImportError: yield '| PQ | panopticapi is not installed | | | |'; return
     (tmp/'p').mkdir(); gt, pred = synthetic_panoptic(tmp/'p', 40)
+    for name, x in (('gt', gt), ('pred', pred)): write_json(tmp/'p'/f'{name}.json', x)
+    try: import panopticapi
+    except ImportError: yield '| PQ | panopticapi is not installed | | | | |'; return
     yield bench_pq('40 drawn maps of 640 x 480', gt, tmp/'p'/'gt', pred, tmp/'p'/'pred', repeats)
     if coco26.exists():
         gt = json.loads((coco26/'panoptic.json').read_bytes()); (tmp/'c').mkdir()
         yield bench_pq('26 COCO photos', gt, coco26/'panoptic', moved_truth(gt, coco26/'panoptic', tmp/'c'), tmp/'c', repeats)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    panoptic_quality(dict(gt, annotations=gt['annotations'] * 8), *((coco26/'panoptic', gt, coco26/'panoptic') if coco26.exists() else (tmp/'p'/'gt', gt, tmp/'p'/'gt')))
-    yield f'| PQ of eight times as many: growth of peak memory | {(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024} MB | | | |'
+
+
+def memory(n_images, tmp):
+    "Peaks as images grow."
+    steps = [n_images // 4, n_images // 2, n_images]
+    for n in (1, *steps): first(tmp/'gt.json', tmp/'segm.json', tmp, n)
+    for n in steps: yield f"| AP masks, {n} images | {peak('ap_ours', tmp/'gt.json', tmp/'segm.json', tmp, n):.0f} MB | {peak('ap_pycocotools', tmp/'gt.json', tmp/'segm.json', tmp, n):.0f} MB |"
+    theirs = WORK.keys() - {'pq_panopticapi'}
+    try: import panopticapi; theirs = WORK.keys()
+    except ImportError: pass
+    for n in (100, 400, 1600): yield f"| PQ, {n} images of 640 x 480 | {peak('pq_ours', tmp/'p', '', '', n):.1f} MB | " + (f"{peak('pq_panopticapi', tmp/'p', '', '', n):.1f} MB |" if 'pq_panopticapi' in theirs else '|')
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--images', type=int, default=5000); p.add_argument('--repeats', type=int, default=7); p.add_argument('--write', action='store_true')
+    p.add_argument('--images', type=int, default=5000); p.add_argument('--repeats', type=int, default=7); p.add_argument('--out')
     args = p.parse_args()
-    import pycocotools
-    lines = ['| what | u2seg | reference | ratio | largest difference |', '|---|---|---|---|---|']
-    print(*lines, sep='\n')
     with tempfile.TemporaryDirectory() as tmp:
-        for line in rows(args.images, args.repeats, Path(tmp)): print(line, flush=True); lines.append(line)
-    if args.write:
-        head = f'# AP and PQ beside the reference evaluators\n\n`OMP_NUM_THREADS=1 python benchmarks/metrics.py --images {args.images} --repeats {args.repeats} --write`, {datetime.date.today()}, one core, {platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}.\n' \
-               'References: pycocotools 2.0.11 (its own process for the memory row) and panopticapi\'s `pq_compute_single_core`; files are read by both. Medians of alternating runs.\n\n'
-        out = Path(__file__).parent/'results'/'metrics.md'; out.parent.mkdir(exist_ok=True)
-        out.write_text(head + '\n'.join(lines) + '\n')
+        times, peaks = list(rows(args.images, args.repeats, Path(tmp))), list(memory(args.images, Path(tmp))) if Path('/proc/self/clear_refs').exists() else []
+    text = heading('AP and PQ beside the reference evaluators', 1, ['numpy'], 'Both sides read the same files, in one process, in turns; medians. References: pycocotools 2.0.11 and panopticapi\'s `pq_compute_single_core`.')
+    text += ['| what | u2seg | reference | ratio of wall times | of CPU times | largest difference of the results |', '|---|---|---|---|---|---|', *times, '']
+    if peaks: text += ['Peak memory, each in a process of its own, above its imports:', '', '| what | u2seg | reference |', '|---|---|---|', *peaks, '',
+                       'AP needs what the JSON files hold, so it grows with them; PQ keeps one picture at a time, so what grows is the list of segments.']
+    publish(text, args.out)
 
 
 if __name__ == '__main__': main()

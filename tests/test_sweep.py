@@ -57,7 +57,7 @@ def toy(tmp_path):
                            evaluate=dict(cmd=f'{py} evaluate.py', params=['evaluate'], deps=['out/train/model', 'pictures'], metrics=['out/evaluate/metrics.json'])))
     (repo/'dvc.yaml').write_text(yaml.safe_dump(dvc)); (repo/'pictures'/'a').write_text('a')
     (repo/'.gitignore').write_text('/out\n/pictures\n')
-    sweeps = dict(gains=dict(question='?', seeds=['train.seed'], until='evaluate', rows=['U2Seg'], settings={'low': {'evaluate.gain': 0.1}, 'high': {'evaluate.gain': 0.5}, 'fails': {'evaluate.gain': 9.0}}))
+    sweeps = dict(gains=dict(question='?', seeds=['train.seed'], targets=['evaluate', 'train'], rows=['U2Seg'], settings={'low': {'evaluate.gain': 0.1}, 'high': {'evaluate.gain': 0.5}, 'fails': {'evaluate.gain': 9.0}}))
     (repo/'ablations'/'sweeps.yaml').write_text(yaml.safe_dump(sweeps, sort_keys=False))
     sh('git', 'init', '-q', '-b', 'main', cwd=repo); sh('git', 'config', 'user.name', 'a', cwd=repo); sh('git', 'config', 'user.email', 'a@b', cwd=repo)
     sh('dvc', 'init', '-q', cwd=repo); sh('git', 'add', '.', cwd=repo); sh('git', 'commit', '-qm', 'toy', cwd=repo)
@@ -80,7 +80,7 @@ def test_a_sweep_runs_beside_the_workspace(toy, capsys):
 
 
 def test_a_wrong_setting_stops_before_anything_runs(toy):
-    for change, words in ((dict(settings={'x': {'train.seeds': 1}}), 'no train.seeds'), (dict(settings={'x': {'evaluate.gain': 'much'}}), 'must be float'), (dict(until='score'), "no stage 'score'"), (dict(seeds=['train.sed']), 'no train.sed')):
+    for change, words in ((dict(settings={'x': {'train.seeds': 1}}), 'no train.seeds'), (dict(settings={'x': {'evaluate.gain': 'much'}}), 'must be float'), (dict(targets=['score']), "no stage 'score'"), (dict(seeds=['train.sed']), 'no train.sed')):
         sweeps = yaml.safe_load((toy/'ablations'/'sweeps.yaml').read_text())
         (toy/'ablations'/'sweeps.yaml').write_text(yaml.safe_dump(dict(gains=sweeps['gains'] | change)))
         with pytest.raises(ValueError, match=words): S.run_sweep('gains', root=toy, seeds=[0], n_jobs=1)

@@ -20,10 +20,10 @@ from .show import Picture
 from .stage import declared, load_params, run_check, stage_notebook, stage_values, stages
 
 # %% ../nbs/91_sweep.ipynb #read_sweep
-KEYS = 'question', 'seeds', 'until', 'rows', 'settings'
+KEYS = 'question', 'seeds', 'targets', 'rows', 'settings'
 
 def read_sweep(path:str|Path, # of sweeps.yaml
-               name:str)->dict: # question, seeds, until, rows, settings
+               name:str)->dict: # question, seeds, targets, rows, settings
     "One sweep; `ValueError` if there is none of this name, or a part of it is missing or unknown."
     sweeps = yaml.safe_load(Path(path).read_text())
     if name not in sweeps: raise ValueError(f'no sweep {name!r}; the sweeps are {", ".join(sweeps)}')
@@ -39,18 +39,18 @@ def _get(params, name):
 
 def experiments(name:str, sweep:dict,  # of `read_sweep`
                 params:dict,           # of params.yaml
-                *, seeds:list[int])->list[dict]: # {name, setting, seed, set: {parameter: value}, until}
+                *, seeds:list[int])->list[dict]: # {name, setting, seed, set: {parameter: value}, targets}
     "One experiment for each seed and setting."
     def one(setting, values, seed):
         own = {p: [seed] if isinstance(_get(params, p), list) else seed for p in sweep['seeds']}
         short = ''.join(c if c.isalnum() else '-' for c in f'{name}-{setting}-s{seed}'.replace('.', ''))
-        return dict(name=short, setting=setting, seed=seed, set=own | values, until=sweep['until'])
+        return dict(name=short, setting=setting, seed=seed, set=own | values, targets=sweep['targets'])
     return [one(setting, values, seed) for seed in seeds for setting, values in sweep['settings'].items()]
 
 def command(experiment:dict)->list[str]:
     "The `dvc exp run` of an experiment."
     value = lambda v: v if isinstance(v, str) and v else json.dumps(v, separators=(',', ':'))
-    return ['dvc', 'exp', 'run', '-n', experiment['name'], *(a for p, v in experiment['set'].items() for a in ('-S', f'{p}={value(v)}')), experiment['until']]
+    return ['dvc', 'exp', 'run', '-n', experiment['name'], *(a for p, v in experiment['set'].items() for a in ('-S', f'{p}={value(v)}')), *experiment['targets']]
 
 # %% ../nbs/91_sweep.ipynb #check_experiments
 def changed(params:dict, values:dict)->dict: # {parameter: value}
@@ -66,7 +66,8 @@ def changed(params:dict, values:dict)->dict: # {parameter: value}
 def check_experiments(todo:list[dict], root:str|Path='.'):
     "`ValueError` on the first setting that a stage would refuse."
     params, books = load_params(root), {s: nbformat.read(stage_notebook(root, s), 4) for s in stages(root)}
-    if todo[0]['until'] not in books: raise ValueError(f"no stage {todo[0]['until']!r}; the stages are {', '.join(books)}")
+    for t in todo[0]['targets']:
+        if t not in books: raise ValueError(f"no stage {t!r}; the stages are {', '.join(books)}")
     for e in todo:
         for stage in {p.split('.')[0] for p in e['set']}:
             try: run_check(books[stage], stage_values(stage, changed(params, e['set']), declared(books[stage])) | {'root': str(root)})
@@ -78,12 +79,12 @@ SCORES = ('agnostic_box_AP50', 'agnostic_mask_AP50', 'agnostic_mask_AP', 'agnost
           'PixelAcc', 'mIoU', 'PQ', 'SQ', 'RQ', 'PQ_things', 'PQ_stuff')
 
 def score_rows(experiment:dict, # of `experiments`
-               metrics:dict,    # of the stage evaluate
+               metrics:dict|None, # of the stage evaluate
                fewshot:dict|None, # of the stage fewshot
                *, rows:list[str]|str)->list[dict]: # HEAD and SCORES
     "The scores of one experiment."
     out, start = [], dict(setting=experiment['setting'], seed=experiment['seed'])
-    for share, found in metrics['shares'].items():
+    for share, found in (metrics or dict(shares={}))['shares'].items():
         for row, scores in found.items():
             if rows != 'all' and row not in rows: continue
             for fit in ('train', 'val'):
@@ -205,17 +206,17 @@ def _environment(clone):
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     return os.environ | {'PATH': path, 'PYTHONPATH': str(clone.resolve()), 'DVC_NO_ANALYTICS': '1'}
 
-def run_experiment(experiment:dict, root:Path, clone:Path)->tuple[dict, dict|None]: # metrics of evaluate, of fewshot
+def run_experiment(experiment:dict, root:Path, clone:Path)->tuple[dict|None, dict|None]: # metrics of evaluate, of fewshot
     "Run one experiment in a clone and bring it to `root`'s list of experiments; `ValueError` names the log if it fails."
     log, kept = clone.parent/f"{experiment['name']}.log", {name: (clone/name).read_bytes() for name in ('params.yaml', 'dvc.lock') if (clone/name).exists()}
     subprocess.run(['dvc', 'exp', 'remove', '-q', experiment['name']], cwd=clone, capture_output=True, env=_environment(clone))
     with open(log, 'w') as f: done = subprocess.run(command(experiment), cwd=clone, stdout=f, stderr=subprocess.STDOUT, env=_environment(clone))
     if done.returncode: raise ValueError(f"{experiment['name']}: failed, see {log}")
-    found = [read_json(p) if p.exists() else None for p in (clone/'out'/s/'metrics.json' for s in ('evaluate', 'fewshot'))]
+    found = [read_json(clone/'out'/s/'metrics.json') if s in experiment['targets'] else None for s in ('evaluate', 'fewshot')]
     refs = [r for r in _git(clone, 'for-each-ref', '--format=%(refname)', 'refs/exps', text=True).split() if r.endswith(f"/{experiment['name']}")]
     if refs: _git(root, 'fetch', '-q', str(clone.resolve()), *(f'+{r}:{r}' for r in refs))
     for name, content in kept.items(): (clone/name).write_bytes(content)     # what -S wrote
-    return found[0], found[1] if experiment['until'] == 'fewshot' else None
+    return tuple(found)
 
 # %% ../nbs/91_sweep.ipynb #run_sweep
 def run_sweep(name:str, *, root:str|Path='.', seeds:list[int], n_jobs:int)->list[str]: # what failed
