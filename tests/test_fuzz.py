@@ -20,7 +20,7 @@ from u2seg.stage import load_params, stage_values
 
 root = Path(__file__).parents[1]
 CASES, SEED = int(os.environ.get('U2SEG_FUZZ', 4000)), int(os.environ.get('U2SEG_FUZZ_SEED', 0))
-SHARE = dict(images=.2, maps=.1, rle=.3, coco=.25, params=.1, checkpoints=.05)
+SHARE = dict(images=.2, maps=.05, rle=.3, coco=.33, params=.1, checkpoints=.02)
 
 
 def cases(kind): return ((i, np.random.default_rng([SEED, sorted(SHARE).index(kind), i])) for i in range(max(int(CASES * SHARE[kind]), 20)))

@@ -173,3 +173,24 @@ def test_command_line(weights, tmp_path, capsys, monkeypatch):
     assert '1 pictures' in (said := capsys.readouterr().out) and '1 could not be read' in said
     monkeypatch.chdir(tmp_path)
     assert main(['predict', 'a.png']) == 1 and 'dvc pull' in (err := capsys.readouterr().err) and err.count('\n') == 1
+
+def test_layers(weights):
+    p = U2Seg.from_pretrained(weights, device='cpu').predict(picture())
+    assert {layer: p.overlay(layer).shape for layer in ('panoptic', 'instances', 'semantic')} == dict.fromkeys(('panoptic', 'instances', 'semantic'), p.image.shape)
+    assert (p.overlay('instances', score=2.) == p.image).all() and (p.overlay('instances', alpha=0.) != p.overlay('instances')).any()
+    with pytest.raises(ValueError, match="got 'x'"): p.overlay('x')
+
+def test_the_controls_of_the_notebook(monkeypatch):
+    "The cell that is skipped when notebooks are tested: the controls redraw the picture."
+    import nbformat, os
+    from pathlib import Path
+    root = Path(__file__).parents[1]
+    monkeypatch.chdir(root/'nbs')
+    space = {}
+    for c in nbformat.read('91_try.ipynb', 4).cells:
+        if c.cell_type == 'code': exec(c.source, space)                # our own notebook
+    control = {w.description: w for w in space['view'].widget.children if hasattr(w, 'description')}
+    before = space['view'](**{k: control[k].value for k in ('layer', 'score', 'alpha')})
+    for layer in control['layer'].options: control['layer'].value = layer
+    control['score'].value = 1.
+    assert before.size == space['view']('instances', 1., .55).size

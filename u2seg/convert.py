@@ -75,21 +75,28 @@ def convert_instances(path:str|Path, # JSON of COCO's, CutLER's or U2Seg's form
                       folders:list[str]=('.',),     # below it, as in data.train
                       )->dict:       # counts
     "Masks of others as our `instances.json`."
-    given, notes, categories = _flat(read_json(path), path)
+    try: images_, notes, names, counts = _instances(read_json(path), path, images, folders)
+    except (AttributeError, KeyError, OverflowError, TypeError) as e: raise ValueError(f'{path}: not an annotation file of COCO, CutLER or U2Seg ({type(e).__name__}: {str(e)[:100]})') from None
+    try: coco = instances_json(images_, notes, names)
+    except Exception as e: raise ValueError(f'{path}: a mask cannot be decoded ({type(e).__name__}: {str(e)[:100]})') from None
+    write_json(Path(out)/'instances.json', coco)
+    return counts
+
+def _instances(coco, path, root, folders):
+    "Images, annotations, categories as they are written; counts."
+    given, notes, categories = _flat(coco, path)
     sizes = {i: set() for i in given}
     try:
         for a in notes: sizes[a['image_id']].add(tuple(check_runs(a['segmentation'])['size']))
-    except (AttributeError, KeyError, TypeError, ValueError) as e: raise ValueError(f'{path}: an annotation without a run-length mask or of an unknown image ({type(e).__name__}: {e})') from None
+    except (KeyError, TypeError, ValueError) as e: raise ValueError(f'{path}: an annotation without a run-length mask or of an unknown image ({type(e).__name__}: {e})') from None
     turned, entries = 0, {}
     for i, im in given.items(): entries[i], swapped = _upright(im, sizes[i], path); turned += swapped
-    here = entries if images is None else _matched(entries, images, folders, path)
+    here = entries if root is None else _matched(entries, root, folders, path)
     shift = int(min((a['category_id'] for a in notes), default=1) == 0)                       # ids from 0 on
     kept = [dict(image_id=here[a['image_id']]['id'], category_id=a['category_id'] + shift, segmentation=a['segmentation'], **({'score': a['score']} if 'score' in a else {})) for a in notes if a['image_id'] in here]
     names = [dict(id=int(c['id']) + shift, name=str(c.get('name', c['id']))) for c in categories if c.get('isthing', 1)]
-    try: coco = instances_json(sorted(here.values(), key=lambda im: im['id']), sorted(kept, key=lambda a: a['image_id']), names)
-    except Exception as e: raise ValueError(f'{path}: a mask cannot be decoded ({type(e).__name__}: {str(e)[:100]})') from None
-    write_json(Path(out)/'instances.json', coco)
-    return dict(images=len(here), annotations=len(kept), turned=turned, not_found=len(entries) - len(here))
+    counts = dict(images=len(here), annotations=len(kept), turned=turned, not_found=len(entries) - len(here))
+    return sorted(here.values(), key=lambda im: im['id']), sorted(kept, key=lambda a: a['image_id']), names, counts
 
 def _matched(entries, root, folders, path):
     "Old image id -> entry with the pipeline's id and name: the longest end of a path that both share decides."

@@ -88,7 +88,7 @@ def things_only(coco:dict, path:str|Path)->tuple[dict, dict]: # panoptic without
         coco = dict(coco, annotations=[_as_rle(a, i, *size[a['image_id']]) for i, a in enumerate((a for a in coco['annotations'] if a.get('segmentation') or a.get('bbox')), 1)], boxes_only=not any(a.get('segmentation') for a in coco['annotations']))
         segments = {i: [{k: a[k] for k in ('id', 'category_id', 'iscrowd', 'area', 'bbox')} for a in found] for i, found in by_image(coco).items()}
         categories = [dict(id=c['id'], name=c['name'], isthing=1) for c in coco['categories']]
-    except (AttributeError, KeyError, TypeError, ValueError) as e: raise ValueError(f'{path}: not a COCO annotation file ({type(e).__name__}: {e})') from None
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as e: raise ValueError(f'{path}: not a COCO annotation file ({type(e).__name__}: {e})') from None
     if not coco['annotations']: raise ValueError(f'{path}: holds no mask or box')
     return dict(images=coco['images'], annotations=[dict(image_id=i, file_name=str(i), segments_info=s) for i, s in segments.items()], categories=categories), coco
 

@@ -66,8 +66,16 @@ class Prediction:
     @property
     def panoptic(self)->tuple[np.ndarray, list[dict]]: return self.ids, [dict(s, name=self.names[s['category_id']]) for s in self.segments]
 
-    def overlay(self)->np.ndarray: # uint8 [H, W, 3]
-        return show.overlay(self.image, self.ids)
+    def overlay(self, layer:str='panoptic', # 'panoptic', 'instances' or 'semantic'
+                *, score:float=0.,          # things of a lower score are left out
+                alpha:float=.55)->np.ndarray: # uint8 [H, W, 3]
+        if layer == 'instances': return show.overlay_masks(self.image, self.masks[self.scores >= score], alpha=alpha)
+        if layer == 'panoptic':
+            low = [s['id'] for s in self.segments if s.get('score', 1.) < score]
+            return show.overlay(self.image, np.where(np.isin(self.ids, low), 0, self.ids), alpha=alpha)
+        if layer != 'semantic': raise ValueError(f"layer must be 'panoptic', 'instances' or 'semantic', got {layer!r}")
+        if self.semantic is None: raise ValueError('this model labels no stuff, so it has no layer semantic')
+        return show.overlay(self.image, self.semantic.astype(int), alpha=alpha)
 
     def to_coco(self, image_id:int=1)->dict: # {annotations, segments_info}: COCO results and one image's panoptic record
         notes = [dict(image_id=image_id, category_id=int(c), score=round(float(s), 6), bbox=mask_to_box(m), area=int(m.sum()), iscrowd=0, segmentation=encode_rle(m))
