@@ -1,15 +1,16 @@
 """What every benchmark of the masks says about itself: where, when and with what it ran, and how it takes time."""
-import datetime, importlib.metadata, os, platform, shlex, statistics, sys, time
+import datetime, importlib, os, platform, shlex, statistics, sys, time
 from pathlib import Path
 
 
-def heading(title, threads, packages):
-    "Lines of Markdown: title, command, date, machine, versions."
-    versions = ', '.join(f'{p} {importlib.metadata.version(p).split("+")[0]}' for p in packages)
+SIDES = 'Both sides run in one process, in turns. *Wall* is elapsed time; *CPU* is the time that this process had a core, which does not grow while others have it.'
+
+def heading(title, threads, packages, how=SIDES):
+    "Lines of Markdown: title, command, date, machine, versions, and how times were taken."
+    versions = ', '.join(f'{p} {importlib.import_module(p).__version__.split("+")[0]}' for p in packages)
     load = f', load average {os.getloadavg()[0]:.0f} at the end (others work on it too)' if hasattr(os, 'getloadavg') else ''
     return [f'# {title}', '', f'`python benchmarks/{Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}`'.replace(' `', '`'), '',
-            f'{datetime.date.today()}; {threads} {"core" if threads == 1 else "cores"} of a shared {os.cpu_count()}-core {platform.machine().replace("_", "-")} machine{load}; Python {platform.python_version()}, {versions}. '
-            'Both sides run in one process, in turns. *Wall* is elapsed time; *CPU* is the time that this process had a core, which does not grow while others have it.', '']
+            f'{datetime.date.today()}; {threads} {"core" if threads == 1 else "cores"} of a shared {os.cpu_count()}-core {platform.machine().replace("_", "-")} machine{load}; Python {platform.python_version()}, {versions}. {how}', '']
 
 
 def clock(call, times=1):

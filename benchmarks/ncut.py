@@ -1,19 +1,23 @@
 """Normalized cut and MaskCut against the dense reference: equal masks, and how much faster.
 
-    python benchmarks/ncut.py [--photos 26] [--timed 9] [--grid 60] [--out benchmarks/results/ncut.md]
+    python benchmarks/ncut.py [--timed 9] [--grid 60] [--other-grid 48] [--hard-grid 40] [--threads 2] [--speed-only] [--out benchmarks/results/ncut.md]
 
 The reference side solves (D - A) x = lambda D x by `scipy.linalg.eigh` in double precision, a new affinity each round, as the
 published method describes (CutLER, section 3.2). Images: photographs of `../shared/data/coco26` (or of the folder named by
 U2SEG_SHARED_DATA), once with low-level features and once with an embedding of their true segments plus noise, 768-d, standing in
-for a trained ViT; and generated hard graphs. Everything is a function of fixed seeds.
+for a trained ViT; and generated hard graphs. Everything is a function of fixed seeds. The first `--timed` images have `--grid`
+squared tokens and are timed; the rest are smaller, because the reference's time grows with the third power of the tokens.
 """
-import argparse, datetime, os, platform, time
+import argparse, os
+from functools import partial
 from pathlib import Path
 
 import cv2, numpy as np, scipy.linalg, torch, torch.nn.functional as F
 from PIL import Image
 from scipy import ndimage
 
+from machine import clock, heading, publish
+from u2seg import maskcut as module, ncut as solver
 from u2seg.maskcut import cut_rounds, maskcut
 
 SHARED = Path(os.environ.get('U2SEG_SHARED_DATA', Path(__file__).resolve().parents[2]/'shared'/'data'))
@@ -107,7 +111,7 @@ def hard(kind, seed, grid, dim=96):
     elif kind == 'nearly disconnected':
         x = np.eye(5, dim)[label] + .02*rng.standard_normal(x.shape)
         bridge = rng.choice(len(x), 12); x[bridge] = .5*x[bridge] + .5*np.eye(5, dim)[rng.integers(0, 5, 12)]
-    elif kind == 'dense': x += 1.0*rng.standard_normal((1, dim))
+    elif kind == 'dense': x += .73*rng.standard_normal((1, dim))
     elif kind == 'sparse': x = .7*rng.standard_normal((5, dim))[label] + 1.6*rng.standard_normal(x.shape)
     elif kind == 'smooth manifold':
         t = (np.mgrid[0:grid, 0:grid]/grid).reshape(2, -1).T @ rng.standard_normal((2, 2))*4
@@ -129,60 +133,95 @@ def iou(a, b):
     union = (a | b).sum()
     return (a & b).sum()/union if union else 1.
 
-def compare(keys):
-    "Worst IoU of the N output masks (two empty ones count as equal), smallest gap, and whether any round depends on the sign."
-    theirs = reference_rounds(keys)
-    ours, covered = [], False
+def our_rounds(keys):
+    "Output mask [h, w] of each round, before empty ones are left out."
+    out, covered = [], False
     for _, _, accepted in cut_rounds(keys[None], tau=TAU, n_masks=N_MASKS):
-        ours.append(accepted[0] & ~covered)
+        out.append(accepted[0] & ~covered)
         covered = covered | accepted[0]
-    return min(iou(a, b[0]) for a, b in zip(ours, theirs)), min(t[1] for t in theirs), any(t[2] for t in theirs)
+    return out
 
-def seconds(call):
-    start = time.perf_counter(); call()
-    return time.perf_counter() - start
+def worst(ours, theirs): return min(iou(a, b[0]) for a, b in zip(ours, theirs)) # two empty masks are equal
+
+def row(name, keys, theirs):
+    "What one image shows: worst IoU of its masks, smallest gap, and whether any round depends on the sign."
+    return dict(name=name, keys=keys, theirs=theirs, iou=worst(our_rounds(keys), theirs), gap=min(t[1] for t in theirs), signed=any(t[2] for t in theirs))
+
+# --- tables
+
+def mask_table(rows):
+    lines = ['| images | n | tokens | worst IoU | IoU < .99 where gap > 1e-3 | gap <= 1e-3 | sign decides | of these IoU < .99 |', '|---|---|---|---|---|---|---|---|']
+    names = list(dict.fromkeys(r['name'] for r in rows))
+    for name in [*names, '**all**']:
+        of = [r for r in rows if name in (r['name'], '**all**')]
+        posed = [r for r in of if r['gap'] > 1e-3]
+        signed, sizes = [r for r in posed if r['signed']], sorted({r['keys'].shape[1]*r['keys'].shape[2] for r in of})
+        lines.append(f"| {name} | {len(of)} | {', '.join(map(str, sizes))} | {min((r['iou'] for r in posed), default=1):.4f} | {sum(r['iou'] < .99 for r in posed)} | "
+                     f"{len(of) - len(posed)} | {len(signed)} | {sum(r['iou'] < .99 for r in signed)} |")
+    return lines + ['', 'Worst IoU and the columns of the sign count images whose gap exceeds 1e-3 in every round; elsewhere the cut is ill posed in the reference itself.']
+
+def rule_table(rows):
+    "Masks that change with the residual at which Lanczos stops, and the products with the links that it takes."
+    lines, product = ['| stop at residual | products a round, median | most | images with IoU < .99 (gap > 1e-3) |', '|---|---|---|---|'], solver.link_product
+    for tol in (1e-3, 1e-4, 1e-5, 2e-6):
+        steps, bad = [], 0
+        def counted(links, u): steps[-1] += 1; return product(links, u)
+        def fiedler(g): steps.append(0); solver.link_product = counted; y = solver.fiedler(g, tol=tol); solver.link_product = product; return y
+        module.fiedler = fiedler
+        for r in rows:
+            if r['gap'] > 1e-3: bad += worst(our_rounds(r['keys']), r['theirs']) < .99
+        lines.append(f'| {tol:.0e} | {np.median(steps):.0f} | {max(steps)} | {bad} |')
+    module.fiedler = solver.fiedler
+    steps = []
+    def counted(links, u): steps[-1] += 1; return product(links, u)
+    def orient(g, y): steps.append(0); solver.link_product = counted; y = solver.orient(g, y); solver.link_product = product; return y
+    module.orient = orient
+    for r in rows: our_rounds(r['keys'])
+    module.orient = solver.orient
+    return lines + ['', f'The sign is asked for in {len(steps)} rounds and takes {np.median(steps or [0]):.0f} products more (median; most {max(steps, default=0)}).']
+
+def product_line(keys):
+    links = solver.token_links(keys.flatten(1)[None], tau=TAU)
+    u, wide = torch.randn(1, links.shape[1]), links.float()
+    exact, taken = links[0].double() @ u[0].double(), dict(integer=[], float32=[])
+    for _ in range(15):
+        for name, m in dict(integer=links, float32=wide).items():
+            y, t = clock(lambda: solver.link_product(m, u))
+            taken[name].append((*t, ((y[0] - exact).abs().max()/exact.abs().max()).item()))
+    a, b = (np.median(v, 0) for v in taken.values())
+    return f'One product with the links of {len(exact)} tokens: {1e3*a[0]:.2f} ms in integers (error {a[2]:.0e}), {1e3*b[0]:.2f} ms in float32 (error {b[2]:.0e}): **{b[0]/a[0]:.1f}x** (wall; CPU {b[1]/a[1]:.1f}x).'
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--photos', type=int, default=26); parser.add_argument('--timed', type=int, default=9)
-    parser.add_argument('--grid', type=int, default=60); parser.add_argument('--hard-grid', type=int, default=40)
-    parser.add_argument('--threads', type=int, default=2); parser.add_argument('--out')
+    parser.add_argument('--photos', type=int, default=26); parser.add_argument('--timed', type=int, default=9); parser.add_argument('--seeds', type=int, default=4)
+    parser.add_argument('--grid', type=int, default=60); parser.add_argument('--other-grid', type=int, default=48); parser.add_argument('--hard-grid', type=int, default=40)
+    parser.add_argument('--threads', type=int, default=2); parser.add_argument('--speed-only', action='store_true'); parser.add_argument('--out')
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
     if not (SHARED/'coco26').is_dir(): raise SystemExit(f'{SHARED/"coco26"}: the photographs are not there; name their folder in U2SEG_SHARED_DATA')
     photos, truths = (sorted((SHARED/'coco26'/f).iterdir())[:a.photos] for f in ('images', 'panoptic'))
-    groups = {'photographs, low-level features': [lambda p=p, i=i: low_level(p, i, a.grid) for i, p in enumerate(photos)],
-              'photographs, embedded segments': [lambda p=p, i=i: semantic(p, i, a.grid) for i, p in enumerate(truths)]}
-    groups |= {f'hard: {k}': [lambda k=k, s=s: hard(k, s, a.hard_grid) for s in range(4)] for k in HARD}
-    makers = [m for pair in zip(*list(groups.values())[:2]) for m in pair][:a.timed]
-    theirs, ours, each = [], [], []
-    maskcut(makers[0]().float(), tau=TAU, n_masks=N_MASKS)
-    for make in makers:
-        keys = make()
-        t = seconds(lambda: reference_rounds(keys))
-        o = np.median([seconds(lambda: maskcut(keys, tau=TAU, n_masks=N_MASKS)) for _ in range(5)])
-        theirs.append(t); ours.append(o); each.append(t/o)
-    speed = (f'{len(makers)} photographs, {a.grid*a.grid} tokens, {DIM}-d, N = {N_MASKS}, {a.threads} threads: dense reference {np.median(theirs):.2f} s, '
-             f'ours {1e3*np.median(ours):.0f} ms an image; **{np.median(each):.0f}x** (median of the images\' ratios; {min(each):.0f}x to {max(each):.0f}x).')
-    print(speed)
-    lines = ['| images | n | worst IoU | IoU < .99 where gap > 1e-3 | gap <= 1e-3 | sign decides | of these IoU < .99 |', '|---|---|---|---|---|---|---|']
-    total = []
-    for name, makers in groups.items():
-        rows = [compare(make()) for make in makers]
-        total += rows; lines.append(summary(name, rows)); print(lines[-1], flush=True)
-    lines.append(summary('**all**', total)); print(lines[-1], flush=True)
-    if a.out: Path(a.out).write_text(report(lines, speed))
-
-def summary(name, rows):
-    posed = [r for r in rows if r[1] > 1e-3]
-    signed = [r for r in posed if r[2]]
-    worst = f'{min(r[0] for r in posed):.4f}' if posed else '-'
-    return f'| {name} | {len(rows)} | {worst} | {sum(r[0] < .99 for r in posed)} | {len(rows) - len(posed)} | {len(signed)} | {sum(r[0] < .99 for r in signed)} |'
-
-def report(lines, speed):
-    return '\n'.join(['# Normalized cut against the dense reference', '',
-        f'`python benchmarks/ncut.py`, {datetime.date.today()}, {platform.machine()}, {os.cpu_count()} shared cores, torch {torch.__version__.split("+")[0]}, scipy {scipy.__version__}. '
-        'The worst IoU and the sign columns count images whose spectral gap exceeds 1e-3 in every round; elsewhere the cut is ill posed in the reference itself.', '', *lines, '',
-        '## Speed of the whole chain', '', 'Both sides alternate in one process; gram matrix, three rounds, regions and masks are included.', '', speed, ''])
+    todo = [t for i, (p, q) in enumerate(zip(photos, truths)) for t in (('photographs, low-level features', partial(low_level, p, i)), ('photographs, embedded segments', partial(semantic, q, i)))]
+    rows, times = [], []
+    if a.speed_only: todo, a.seeds = todo[:a.timed], 0
+    for i, (name, make) in enumerate(todo):
+        keys = make(a.grid if i < a.timed else a.other_grid)
+        if not i: maskcut(keys, tau=TAU, n_masks=N_MASKS)                      # first calls
+        theirs, t = clock(lambda: reference_rounds(keys))
+        rows.append(row(name, keys, theirs))
+        if i < a.timed: times.append((t, clock(lambda: maskcut(keys, tau=TAU, n_masks=N_MASKS), 5)[1]))
+        print(i, name, f"{rows[-1]['iou']:.4f} gap {rows[-1]['gap']:.1e}", *([f'{t[0]:.1f} s, ours {times[-1][1][0]:.3f} s'] if i < a.timed else []), flush=True)
+    for kind in HARD:
+        for seed in range(a.seeds):
+            keys = hard(kind, seed, a.hard_grid)
+            rows.append(row(f'hard: {kind}', keys, reference_rounds(keys)))
+    wall, cpu = ([t[k]/o[k] for t, o in times] for k in (0, 1))
+    (tw, tc), (ow, oc) = (np.median([x[k] for x in times], 0) for k in (0, 1))
+    speed = ['## Speed of the whole chain', '',
+             f'Gram matrix, {N_MASKS} rounds, regions and masks of {len(times)} photographs, {a.grid**2} tokens, {DIM}-d, {a.threads} thread{"s"*(a.threads > 1)}; the dense reference once, ours five times an image.', '',
+             '| | dense reference, s | ours, s | ratio, median of the images | least | most |', '|---|---|---|---|---|---|',
+             f'| wall | {tw:.2f} | {ow:.3f} | **{np.median(wall):.0f}** | {min(wall):.0f} | {max(wall):.0f} |', f'| CPU | {tc:.2f} | {oc:.3f} | **{np.median(cpu):.0f}** | {min(cpu):.0f} | {max(cpu):.0f} |', '',
+             product_line(rows[0]['keys'])]
+    masks = [] if a.speed_only else ['## Equal masks', '', *mask_table(rows), '', '## When to stop', '', *rule_table(rows), '']
+    publish([*heading('Normalized cut against the dense reference', a.threads, ('torch', 'scipy', 'numpy')), *masks, *speed], a.out)
 
 if __name__ == '__main__': main()

@@ -127,3 +127,16 @@ def test_publish_refuses_code_that_did_not_run(repo):
     assert nb.cells[3].outputs[0].data['text/plain'] == '1.5'
     nb.cells[3].source = 'a - b'; nbformat.write(nb, path)
     with pytest.raises(ValueError, match='is not the one that ran'): S.publish('one', root)
+
+
+def test_two_workers_run_one_stage(repo):
+    root = repo(); path = root/'nbs'/'10_run_one.ipynb'; nb = nbformat.read(path, 4)
+    nb.cells[3].source = """import os, time
+from u2seg.stage import sharded
+records, _ = sharded([dict(file_name=str(i)) for i in range(8)], lambda i: i, lambda b: [dict(name=i['file_name']) for i in b], root + '/out/.work/one', key={}, shard_size=2)
+time.sleep(int(os.environ['RANK']))
+len(records)"""
+    nbformat.write(nb, path)
+    start = lambda rank: subprocess.Popen([sys.executable, '-c', f'from u2seg.stage import run_stage; run_stage("one", {str(root)!r})'], env=os.environ | dict(RANK=str(rank), WORLD_SIZE='2'))
+    assert [p.wait(120) for p in [start(0), start(1)]] == [0, 0]           # the first to finish takes nothing from the other
+    assert nbformat.read(root/'out'/'one'/'run.ipynb', 4).cells[-1].outputs[0].data['text/plain'] == '8'

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat, yaml
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .images import read_json, write_atomic, write_json
 
@@ -116,7 +116,6 @@ def run_stage(stage:str, root:str|Path='.'):
     out, scratch = Path(root, 'out', stage), Path(root, 'out', '.work', stage)
     out.mkdir(parents=True, exist_ok=True); scratch.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault('TQDM_MININTERVAL', '5')                       # each line of progress is a message that papermill has to handle
-    os.environ.setdefault('OMP_NUM_THREADS', '2')                        # the same on every machine, for the same bytes; small tensors gain nothing from more
     rank, world = _worker()
     kept = scratch/(f'run_{rank}.ipynb' if world > 1 else 'run.ipynb')
     try: papermill.execute_notebook(str(source), str(kept), values | {'root': '.'}, cwd=str(root), kernel_name='python3', language='python',
@@ -149,11 +148,15 @@ def _read_shard(path, n):
     good = isinstance(shard, list) and len(shard) == n and all(isinstance(r, dict) and len(r) == 1 for r in shard)
     return shard if good else None
 
-def _load_all(load, items, pool):
+def _load_ahead(load, batches, pool):
+    "Each batch loaded, [(what `load` gave, None) or (None, why not)]; the next one is loading meanwhile."
     def one(item):
         try: return load(item), None
         except (ValueError, OSError) as e: return None, str(e)
-    return list(pool.map(one, items))
+    ahead = []
+    for batch in [*batches, []]:
+        ready, ahead = ahead, [pool.submit(one, item) for item in batch]
+        if ready: yield [f.result() for f in ready]
 
 # %% ../nbs/03_stage.ipynb #sharded
 def sharded(items:list[dict], # each with a `file_name`
@@ -170,17 +173,17 @@ def sharded(items:list[dict], # each with a `file_name`
     with ThreadPoolExecutor(4) as pool, tqdm(total=sum(map(len, parts[rank::world])), desc=desc, unit='image', disable=None if not desc else False) as bar:
         for part, path in list(zip(parts, paths))[rank::world]:
             if _read_shard(path, len(part)) is not None: bar.update(len(part)); continue
-            write_json(path, [r for i in range(0, len(part), batch_size) for r in _batch(part[i:i + batch_size], load, work, pool, bar)])
+            batches = [part[i:i + batch_size] for i in range(0, len(part), batch_size)]
+            write_json(path, [r for loaded in _load_ahead(load, batches, pool) for r in _batch(loaded, work, bar)])
     return _gather(items, parts, paths)
 
 # %% ../nbs/03_stage.ipynb #batch
-def _batch(items, load, work, pool, bar):
-    loaded = _load_all(load, items, pool)
+def _batch(loaded, work, bar):
     good = [x for x, error in loaded if error is None]
     records = iter(work(good) if good else [])
     out = [dict(record=next(records)) if error is None else dict(skipped=error) for _, error in loaded]
     if next(records, None) is not None: raise RuntimeError(f'work gave more records than its {len(good)} items')
-    bar.update(len(items))
+    bar.update(len(loaded))
     return out
 
 def _gather(items, parts, paths):
