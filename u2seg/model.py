@@ -712,6 +712,12 @@ class PanopticRCNN(nn.Module):
         self.register_buffer('pixel_mean', torch.tensor(MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer('pixel_std', torch.tensor(STD).view(3, 1, 1), persistent=False)
 
+    def nothing(self)->dict[str, Tensor]:
+        "The losses of an empty batch: 0, with a gradient of 0."
+        zero, stages = sum(p.sum() * 0 for p in self.parameters() if p.requires_grad), range(len(self.roi_heads.ious))
+        names = ['loss_rpn_cls', 'loss_rpn_loc', *(f'loss_{kind}_stage{k}' for k in stages for kind in ('cls', 'box_reg')), 'loss_mask', *(['loss_sem_seg'] if self.sem_seg_head else [])]
+        return {k: zero for k in names}
+
     def batch(self, images): # -> [b, 3, H, W], sides multiples of the coarsest trunk stride; sizes
         sizes, d = [tuple(x.shape[-2:]) for x in images], self.backbone.strides[-2]
         H, W = (-(-max(s[i] for s in sizes) // d) * d for i in (0, 1))
@@ -723,6 +729,7 @@ class PanopticRCNN(nn.Module):
                 targets:list[dict]|None=None, # {boxes [m, 4] xyxy, labels int64 [m], masks [m, H, W], sem int64 [H, W], seed (optional)}
                 sizes:list|None=None): # (height, width) of each result; None: the picture's own
         if self.training and targets is None: raise ValueError('training needs targets')
+        if not images: return self.nothing() if self.training else []
         x, shapes = self.batch(images)
         features, targets = self.backbone(x), targets if self.training else None
         proposals, losses = self.proposal_generator(features, shapes, targets)
@@ -788,6 +795,7 @@ def read_weights(path:str|Path)->dict[str, Tensor]:
 def rename_weights(state:dict[str, Tensor])->dict[str, Tensor]:
     "torchvision's names of a ResNet, and detectron2's of a bare backbone, to those of the whole model."
     state = {k.removeprefix('module.'): v for k, v in state.items()}
+    if 'backbone.layer1.0.conv1.weight' in state: state = {k.removeprefix('backbone.'): v for k, v in state.items()}    # DINO's training checkpoint
     if 'layer1.0.conv1.weight' in state:                        # torchvision, DINO, MoCo
         for old, new in ((r'^(conv1|bn1)\.', r'stem.\1.'), (r'^layer(\d)\.', lambda m: f'res{int(m[1]) + 1}.'), (r'\bbn(\d)\.', r'conv\1.norm.'),
                          (r'\bdownsample\.0\.', 'shortcut.'), (r'\bdownsample\.1\.', 'shortcut.norm.')):
