@@ -354,7 +354,7 @@ def fit(model:nn.Module,   # `model(images, targets) -> {name: loss}` in trainin
         weight_decay:float, cls_lr_multiplier:float, # see `parameter_groups`
         clip:str|None, clip_value:float, # see `clip_gradients`
         loss_weights:dict[str, float], # factors of the losses whose names begin so, e.g. {'loss_cls': 2.}
-        amp:str|None,      # None, 'bf16', 'fp16'
+        amp:str|None,      # None, 'bf16' (float32 on a CPU without it), 'fp16'
         accumulate:int,    # parts of each batch; losses and gradients are the parts' means
         ema:float,         # decay of the averaged weights, which are then the result; 0: none
         precise_bn:int,    # batches for BatchNorm's statistics after the last iteration
@@ -363,6 +363,8 @@ def fit(model:nn.Module,   # `model(images, targets) -> {name: loss}` in trainin
     "Train in place; killed at any moment and called again, it ends with the same weights."
     folder, (rank, world), device = Path(folder), _processes(), next(model.parameters()).device
     if amp not in AMP: raise ValueError(f"amp must be none, 'bf16' or 'fp16', got {amp!r}")
+    if amp == 'bf16' and device.type == 'cpu' and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        amp = None; tqdm.write('this CPU does not compute in bfloat16: training in float32')
     at = functools.partial(lr_factor, n_iters=n_iters, schedule=schedule, steps=steps, gamma=gamma, flat=flat, warmup=warmup, warmup_factor=warmup_factor)
     run = _Run(model, parameter_groups(model, weight_decay=weight_decay, cls_lr_multiplier=cls_lr_multiplier), optimizer=optimizer, lr=lr, momentum=momentum, ema=ema, amp=amp)
     key = _recipe(model, batches, n_iters, lr, optimizer, momentum, weight_decay, cls_lr_multiplier, clip, clip_value, loss_weights, amp, accumulate, ema, precise_bn, [at(i) for i in range(0, n_iters, max(n_iters // 100, 1))])
