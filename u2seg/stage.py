@@ -7,7 +7,7 @@ __all__ = ['stage_notebook', 'stages', 'declared', 'stage_values', 'run_check', 
            'run_stage', 'publish', 'sharded']
 
 # %% ../nbs/03_stage.ipynb #imports
-import ast, hashlib, json, os, shutil, sys, time
+import ast, hashlib, json, os, shutil, sys, tempfile, time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -118,10 +118,11 @@ def run_stage(stage:str, root:str|Path='.'):
     os.environ.setdefault('TQDM_MININTERVAL', '5')                       # each line of progress is a message that papermill has to handle
     rank, world = _worker()
     kept = scratch/(f'run_{rank}.ipynb' if world > 1 else 'run.ipynb')
-    try: papermill.execute_notebook(str(source), str(kept), values | {'root': '.'}, cwd=str(root), kernel_name='python3', language='python',
-                                    progress_bar=False, stderr_file=sys.stderr, config=Config(KernelManager=dict(transport='ipc')))
-    except papermill.PapermillExecutionError as e:
-        raise SystemExit(f'stage {stage}: {e.ename}: {e.evalue}\n(cell by cell in {kept})') from None
+    with tempfile.TemporaryDirectory() as sockets:                       # of the kernel's own, so that two runs never meet
+        try: papermill.execute_notebook(str(source), str(kept), values | {'root': '.'}, cwd=str(root), kernel_name='python3', language='python',
+                                        progress_bar=False, stderr_file=sys.stderr, config=Config(KernelManager=dict(transport='ipc', ip=f'{sockets}/kernel')))
+        except papermill.PapermillExecutionError as e:
+            raise SystemExit(f'stage {stage}: {e.ename}: {e.evalue}\n(cell by cell in {kept})') from None
     if rank == 0: write_atomic(out/'run.ipynb', nbformat.writes(tidy(nbformat.read(kept, 4))).encode())
     if world == 1: shutil.rmtree(scratch)                                # torchrun's other workers may still read the shards
 
