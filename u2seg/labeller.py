@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.multiprocessing import start_processes
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .crf import dense_crf
 from .images import normalize, read_image, resize_image, to_tensor, write_atomic, write_png

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .correspondence import correspondence, correspondence_loss, nearest_images, random_partners, random_points, sample, stego_loss, unit
 from .images import write_atomic
