@@ -1,0 +1,88 @@
+"""Two hosts over loopback, started by torchrun, labelling and training together; one worker is killed on the way and restarted: nothing lost, nothing twice."""
+import json, os, signal, socket, subprocess, sys, time
+from pathlib import Path
+
+import pytest
+
+WORKER = '''
+import json, os, sys, time
+from pathlib import Path
+import numpy as np, torch
+from torch import nn
+from u2seg.images import instances_json, write_json, write_png
+from u2seg.stage import sharded
+from u2seg.train import Batches, PseudoLabels, fit
+torch.set_num_threads(1)
+given, out, rank = Path(sys.argv[1]), Path(sys.argv[2]), int(os.environ['RANK'])
+with open(out/'pids', 'a') as f: f.write(f'{rank} {os.getpid()}\\n')
+def work(batch):
+    time.sleep(.02)
+    with open(out/'done', 'a') as f: f.write(''.join(f'{rank} {i}\\n' for i in batch))
+    return [dict(square=i * i) for i in batch]
+records, skipped = sharded([dict(id=i, file_name=f'{i}.jpg') for i in range(60)], lambda item: item['id'], work, out/'shards', key={}, shard_size=3, batch_size=3)
+write_json(out/f'records{rank}.json', records)
+
+class Net(nn.Module):
+    def __init__(self): super().__init__(); torch.manual_seed(1); self.cls_score = nn.Conv2d(3, 4, 1)
+    def forward(self, images, targets):
+        time.sleep(.02)
+        return dict(loss_sem_seg=sum(nn.functional.cross_entropy(self.cls_score(im[None] / 255), t['sem'][None].clamp(max=3)) for im, t in zip(images, targets)))
+data = PseudoLabels(given, given/'instances.json', given/'stuff')
+views = dict(batch_size=4, seed=3, short_sides=[16], max_size=40, flip=.5, colour=(.2, .2, .2, .1), paste='none', paste_rate=0., paste_scale=(.3, .8))
+net = Net()
+fit(net, Batches(data, **views), folder=out/'train', n_iters=16, lr=.05, schedule='step', steps=[8], gamma=.1, flat=0., warmup=3, warmup_factor=.001, optimizer='sgd', momentum=.9, weight_decay=0.,
+    cls_lr_multiplier=1., clip=None, clip_value=1., loss_weights={}, amp=None, accumulate=1, ema=0., precise_bn=0, checkpoint_every=2, log_every=3)
+write_json(out/f'weights{rank}.json', {k: v.tolist() for k, v in net.state_dict().items()})
+'''
+
+
+@pytest.fixture(scope='module')
+def given(tmp_path_factory):
+    import numpy as np
+    from u2seg.images import instances_json, write_json, write_png
+    given, rng = tmp_path_factory.mktemp('given'), np.random.default_rng(0)
+    for i in range(8): write_png(given/f'{i}.png', (x := rng.integers(0, 256, (16, 20, 3), dtype=np.uint8))); write_png(given/'stuff'/f'{i + 1:012d}.png', x[..., 0] % 4)
+    write_json(given/'instances.json', instances_json([dict(id=i + 1, file_name=f'{i}.png', height=16, width=20) for i in range(8)], [], [dict(id=1, name='x')]))
+    (given/'worker.py').write_text(WORKER)
+    return given
+
+
+def hosts(given, out):
+    "Two torchrun agents that meet at a port of loopback, one worker each."
+    out.mkdir()
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    env = {k: v for k, v in os.environ.items() if k not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')} | dict(OMP_NUM_THREADS='1', GLOO_SOCKET_IFNAME='lo')
+    cmd = [sys.executable, '-m', 'torch.distributed.run', '--nnodes', '2', '--nproc-per-node', '1', '--rdzv-backend', 'c10d', '--rdzv-id', 'x', '--rdzv-endpoint', f'127.0.0.1:{port}', '--max-restarts', '2', '--monitor-interval', '0.1',
+           '--local-addr', '127.0.0.1', str(given/'worker.py'), str(given), str(out)]
+    return [subprocess.Popen(cmd + [], env=env, stdout=subprocess.DEVNULL, stderr=open(out/f'host{i}.log', 'w')) for i in range(2)]
+
+
+def finish(ps, out):
+    try: codes = [p.wait(240) for p in ps]
+    finally: [p.kill() for p in ps if p.poll() is None]
+    assert codes == [0, 0], ''.join((out/f'host{i}.log').read_text()[-2000:] for i in range(2))
+
+
+def wait_for(seen, ps, seconds=90):
+    end = time.monotonic() + seconds
+    while not seen():
+        assert time.monotonic() < end and all(p.poll() is None for p in ps), 'the hosts ended before they could be disturbed'
+        time.sleep(.01)
+
+
+def test_two_hosts_one_worker_killed_while_labelling_and_one_while_training(given, tmp_path):
+    finish(hosts(given, tmp_path/'whole'), tmp_path/'whole')
+    out = tmp_path/'killed'
+    ps = hosts(given, out)
+    pid = lambda: int((out/'pids').read_text().split()[-1])
+    wait_for(lambda: len(list(out.rglob('shard_*.json'))) >= 4, ps); os.kill(pid(), signal.SIGKILL)
+    wait_for(lambda: (out/'train'/'checkpoint.pt').exists(), ps); os.kill(pid(), signal.SIGKILL)
+    finish(ps, out)
+    for name in ('records0.json', 'records1.json', 'weights0.json', 'weights1.json'): assert (out/name).read_bytes() == (tmp_path/'whole'/name).read_bytes(), name
+    assert (out/'weights0.json').read_bytes() == (out/'weights1.json').read_bytes()
+    assert [r['square'] for r in json.loads((out/'records0.json').read_bytes())] == [i * i for i in range(60)]       # each once, in order
+    done = [int(l.split()[1]) for l in (tmp_path/'whole'/'done').read_text().splitlines()]
+    assert sorted(done) == list(range(60))                                   # undisturbed: nothing is made twice
+    again = [int(l.split()[1]) for l in (out/'done').read_text().splitlines()]
+    assert set(again) == set(range(60)) and len(again) - 60 <= 6             # disturbed: at most the shard that each worker had in hand
+    assert len((out/'pids').read_text().splitlines()) == 6                   # both kills were followed by a restart of the group

@@ -1,0 +1,66 @@
+"""The site, built from a few pages, or one that stands already (U2SEG_SITE=_docs/site): every link and image leads somewhere."""
+import html.parser, os, re, shutil, subprocess, sys
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+from u2seg import site
+
+root = Path(__file__).parents[1]
+
+
+class Page(html.parser.HTMLParser):
+    def __init__(self): super().__init__(); self.links, self.ids, self.images, self.text = [], set(), [], []
+    def handle_starttag(self, tag, attrs):
+        a = dict(attrs)
+        if tag == 'a' and a.get('href'): self.links.append(a['href'])
+        if tag in ('img', 'script') and a.get('src'): self.images.append(a['src'])
+        if tag == 'link' and a.get('href') and a.get('rel') != 'canonical': self.images.append(a['href'])
+        self.ids |= {a[k] for k in ('id', 'name') if a.get(k)}
+    def handle_data(self, data): self.text.append(data)
+
+
+def faults(folder):
+    "What leads nowhere: (page, link)."
+    pages = {}
+    for p in sorted(folder.rglob('*.html')): pages[p] = Page(); pages[p].feed(p.read_text())
+    out = []
+    for p, page in pages.items():
+        if p.name == '404.html': continue                                 # its links are those of the host's root
+        for link in page.links + page.images:
+            u = urlsplit(link)
+            if u.scheme or u.netloc or link.startswith(('data:', 'javascript:')): continue
+            to = (p.parent/unquote(u.path)).resolve() if u.path else p
+            if to.is_dir(): to = to/'index.html'
+            if not to.exists(): out.append((p.name, link))
+            elif u.fragment and to in pages and link in page.links and unquote(u.fragment) not in pages[to].ids: out.append((p.name, link))
+    return pages, out
+
+
+def test_links_of_the_book_s_sources(tmp_path):
+    "Without building: pages that the notebooks and the README point to are there."
+    site.prepare(root, tmp_path/'docs')
+    pages = tmp_path/'docs'/'pages'
+    for p in sorted(pages.rglob('*.ipynb')) + sorted(pages.rglob('*.md')):
+        for link in re.findall(r'\]\(([^)\s]+)\)', re.sub(r'`[^`]*`|```.*?```', '', p.read_text(), flags=re.S)) if p.suffix == '.md' else re.findall(r'\]\((\w+\.(?:html|png|ipynb))', p.read_text()):
+            if link.startswith(('http', '#')) or 'nbs/' in link and p.name == '96_site.ipynb': continue
+            name = link.split('#')[0]
+            assert (pages/name).exists() or (pages/name.replace('.html', '.ipynb')).exists() or p.name == '96_site.ipynb', f'{p.name}: {link}'
+
+
+def test_no_broken_link_or_image(tmp_path):
+    if built := os.environ.get('U2SEG_SITE'): folder = Path(built)
+    else:
+        if not shutil.which('mkdocs', path=f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'): pytest.skip('mkdocs is not installed: make docs installs it')
+        site.prepare(root, tmp_path/'docs')
+        for p in sorted((tmp_path/'docs'/'pages').glob('*.ipynb'))[6:]: p.unlink()                                    # a small one
+        text = (tmp_path/'docs'/'mkdocs.yml').read_text()
+        kept = {p.name for p in (tmp_path/'docs'/'pages').glob('*.ipynb')}
+        (tmp_path/'docs'/'mkdocs.yml').write_text('\n'.join(l for l in text.split('\n') if not (m := re.search(r'(\w+\.ipynb)$', l)) or m[1] in kept))
+        subprocess.run([Path(sys.executable).parent/'mkdocs', 'build', '-q', '-f', str(tmp_path/'docs'/'mkdocs.yml')], check=True, env=os.environ | dict(NO_MKDOCS_2_WARNING='1'))
+        folder = tmp_path/'docs'/'site'
+    pages, broken = faults(folder.resolve())
+    if not built: broken = [(p, l) for p, l in broken if not re.match(r'\d\d_\w+\.(html|ipynb)', l)]                  # chapters that were left out
+    assert len(pages) > 10 and not broken, broken[:20]
+    assert all(len(' '.join(page.text)) > 200 for page in pages.values())
