@@ -505,3 +505,11 @@ def test_broken_files_are_named(tmp_path, name):
         (tmp_path/name).write_bytes(data)
         with pytest.raises(ValueError, match=name): M.read_weights(tmp_path/name)
     with pytest.raises(ValueError, match='no such file'): M.read_weights(tmp_path/'absent.pth')
+
+def test_weights_in_half_precision_are_half_the_file_and_read_back(tmp_path):
+    a, b = model(0), model(1)
+    M.save_weights(a, tmp_path/'whole.safetensors'); M.save_weights(a, tmp_path/'half.safetensors', dtype=torch.float16)
+    assert (tmp_path/'half.safetensors').stat().st_size < .6 * (tmp_path/'whole.safetensors').stat().st_size
+    assert len(M.load_weights(b, tmp_path/'half.safetensors').loaded) == len(a.state_dict())
+    for x, y in zip(a.state_dict().values(), b.state_dict().values()):
+        assert y.dtype == x.dtype and torch.allclose(x.float(), y.float(), rtol=1e-3, atol=1e-6)

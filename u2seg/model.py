@@ -830,9 +830,10 @@ def load_weights(model:nn.Module, path:str|Path,
                   [f'{k} {list(state[k].shape)}, here {list(own[k].shape)}' for k in own if k in state and k not in fits and k not in withheld], withheld)
 
 # %% ../nbs/30_model.ipynb #save_weights
-def save_weights(model:PanopticRCNN, path:str|Path): # *.safetensors; model.yaml is written beside it
+def save_weights(model:PanopticRCNN, path:str|Path, # *.safetensors; model.yaml is written beside it
+                 *, dtype:torch.dtype=torch.float32): # of the numbers in the file; float16 is half the size
     "Parameters and, beside them, the complete configuration that `build_model` takes."
-    write_atomic(path, safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}))
+    write_atomic(path, safetensors.torch.save({k: v.detach().cpu().to(dtype if v.is_floating_point() else v.dtype).contiguous() for k, v in model.state_dict().items()}))
     write_atomic(Path(path).with_name('model.yaml'), yaml.safe_dump(model.config, sort_keys=False).encode())
 
 def read_config(path:str|Path)->dict: # complete
