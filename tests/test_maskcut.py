@@ -156,6 +156,14 @@ def test_a_tie_goes_to_the_first_token():
         x[4, 2] = 3*(1 + noise)
         assert foreground(x)[0, 2] and not foreground(x)[4, 2]
 
+def test_a_tie_goes_to_the_piece_with_most_of_the_tied():
+    x = np.full((5, 5), -1.); x[0, 2] = x[4, 1] = x[4, 2] = 3.
+    for noise in (-1e-8, 0, 1e-8):
+        x[0, 2] = 3*(1 + noise)
+        assert foreground(x).sum() == 2 and foreground(x)[4, 2]
+    x = np.full((5, 5), -3.); x[2, 2] = 3.                    # one strongest token against twenty-four as strong
+    assert foreground(x).sum() == 24
+
 def test_diagonal_neighbours_are_not_connected():
     x = np.full((5, 5), -1.); x[1, 1] = 3.; x[2, 2] = 2.
     assert foreground(x).sum() == 1
@@ -276,3 +284,18 @@ def test_the_stage_cannot_see_ground_truth():
     notebook = Path(__file__).parents[1]/'nbs'/'23_run_maskcut.ipynb'
     code = ''.join(''.join(c['source']) for c in json.loads(notebook.read_text())['cells'] if c['cell_type'] == 'code')
     assert not any(word in code for word in ('annotations/', 'panoptic', 'data_val', '/val'))
+
+def test_every_strange_file_is_labelled_or_named(tmp_path):
+    from PIL import Image
+    whole, to = Image.fromarray(picture(1)), tmp_path
+    exif = Image.Exif(); exif[0x0112] = 6
+    whole.save(to/'good.png'); whole.convert('CMYK').save(to/'cmyk.jpg'); whole.convert('P').save(to/'palette.png')
+    whole.convert('RGBA').save(to/'alpha.png'); whole.save(to/'turned.jpg', exif=exif); whole.resize((1, 1)).save(to/'pixel.png'); whole.resize((20000, 30)).save(to/'wide.png')
+    Image.fromarray(picture(1)[..., 0].astype(np.uint16)*257).save(to/'deep.png'); Image.new('1', (20000, 20000)).save(to/'bomb.png')
+    (to/'text.jpg').write_text('hello'); (to/'empty.jpg').write_bytes(b''); (to/'cut.png').write_bytes((to/'good.png').read_bytes()[:300])
+    names = sorted(p.name for p in to.iterdir())
+    coco, skipped = label_images([dict(id=i, file_name=n) for i, n in enumerate(names, 1)], Colours(), root=to, folder=to/'work', desc='', batch_size=5, **OPTIONS)
+    sizes = {im['file_name']: (im['width'], im['height']) for im in coco['images']}
+    assert sorted(s['file_name'] for s in skipped) == ['bomb.png', 'cut.png', 'empty.jpg', 'text.jpg'] and all(s['file_name'] in s['reason'] for s in skipped)
+    assert sizes == {n: (70, 50) for n in ('alpha.png', 'cmyk.jpg', 'deep.png', 'good.png', 'palette.png')} | {'turned.jpg': (50, 70), 'pixel.png': (1, 1), 'wide.png': (20000, 30)}
+    assert all(a['segmentation']['size'] == list(sizes[coco['images'][[im['id'] for im in coco['images']].index(a['image_id'])]['file_name']])[::-1] for a in coco['annotations'])

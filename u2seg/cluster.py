@@ -184,7 +184,7 @@ def kmeans(x:np.ndarray,           # float [n, d]; may be a memory map
            n_init:int=1,           # starts; the one with the least inertia wins
            metric:str='euclidean', # squared Euclidean, or 'cosine' (spherical k-means)
            )->tuple[np.ndarray, np.ndarray]: # centroids float32 [k, d], labels int64 [n]
-    "Lloyd's k-means; the assignment is faiss's, on CPU or all GPUs; no cluster stays empty while rows differ."
+    "Lloyd's k-means; the assignment is faiss's, on CPU or all GPUs. No cluster ends empty while rows differ, unless `n_iter` cuts it short."
     x = x.cpu().numpy() if isinstance(x, Tensor) else x
     _check_rows(x, metric)
     if not 1 <= k <= len(x): raise ValueError(f'k must lie in 1 ... {len(x)}, the number of rows, got {k}')

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['dino_positions', 'dino_state', 'read_weights', 'load_strictly', 'build_vit', 'patch_size', 'embed', 'last_keys',
-           'forward_features', 'ViTFeatures', 'write_backbone', 'from_file']
+           'last_class', 'forward_features', 'ViTFeatures', 'own_device', 'write_backbone', 'from_file']
 
 # %% ../nbs/10_features.ipynb #imports
-import argparse, json
+import argparse, json, os
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +18,6 @@ from safetensors.torch import save
 from timm.layers import HybridEmbed
 from timm.models.eva import Eva, EvaBlock
 from timm.models.vision_transformer import Block, VisionTransformer
-from timm.models.vision_transformer_hybrid import ConvStem
 from timm.models.vision_transformer_hybrid import ConvStem
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -126,6 +125,21 @@ def last_keys(block:Block|EvaBlock,
     bias = attn.qkv.bias if attn.qkv.bias is None else attn.qkv.bias.chunk(3)[1] # a rotary ViT has no key bias
     return F.linear(x, attn.qkv.weight.chunk(3)[1], bias)
 
+# %% ../nbs/10_features.ipynb #last_class
+def last_class(block:Block,
+               x:Tensor,      # [b, 1+n, d] tokens at the entrance of the block, the class token first
+               )->Tensor:     # [b, 1, d] the class token at its exit
+    "What a block does to its first token, the others being listened to only."
+    attn, y = block.attn, block.norm1(x)
+    def heads(y, part):
+        bias = attn.qkv.bias if attn.qkv.bias is None else attn.qkv.bias.chunk(3)[part]
+        return F.linear(y, attn.qkv.weight.chunk(3)[part], bias).unflatten(2, (attn.num_heads, -1)).transpose(1, 2)
+    heard = F.scaled_dot_product_attention(attn.q_norm(heads(y[:, :1], 0)), attn.k_norm(heads(y, 1)), heads(y, 2))
+    x = x[:, :1] + block.ls1(attn.proj(attn.norm(heard.transpose(1, 2).flatten(2))))
+    return x + block.ls2(block.mlp(block.norm2(x)))
+
+def _plain(block): return isinstance(block, Block) and getattr(block.attn, 'gate', None) is None
+
 # %% ../nbs/10_features.ipynb #forward_features
 def forward_features(vit:VisionTransformer|Eva,
                      images:Tensor,               # [b, 3, H, W] normalised
@@ -141,7 +155,7 @@ def forward_features(vit:VisionTransformer|Eva,
     def grid(t): return t.float().transpose(1, 2).unflatten(2, (h, -1))         # [b, n, d] -> [b, d, h, w]
     if 'keys' in names: out['keys'] = grid(last_keys(last, x[:, n:]))
     if set(names) == {'keys'}: return out
-    x = vit.norm(last(x, **arguments[-1]))
+    x = vit.norm(last_class(last, x) if 'patches' not in names and _plain(last) else last(x, **arguments[-1]))
     if 'patches' in names: out['patches'] = grid(x[:, n:])
     if 'cls' in names: out['cls'] = x[:, 0].float()
     return out
@@ -171,13 +185,18 @@ class ViTFeatures(nn.Module):
     def patches(self, images:Tensor)->Tensor: return self(images, ('patches',))['patches'] # [b, d, h, w]
     def cls(self, images:Tensor)->Tensor: return self(images, ('cls',))['cls']             # [b, d]
 
+# %% ../nbs/10_features.ipynb #own_device
+def own_device()->torch.device:
+    "This process's GPU (torchrun's LOCAL_RANK), or the CPU where there is none."
+    return torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0))) if torch.cuda.is_available() else torch.device('cpu')
+
 # %% ../nbs/10_features.ipynb #write_backbone
 def write_backbone(path:str|Path, vit:nn.Module,
                    model:str|dict, # what `build_vit` rebuilds it from
                    *, interpolation:str='timm'):
-    "Weights in half precision as .safetensors with a description of their model, written atomically."
+    "Weights as .safetensors with a description of their model, written atomically; ours in half precision, those of a named ViT as they are."
     about = ({'name': model} if isinstance(model, str) else model) | {'interpolation': interpolation}
-    state = {k: v.detach().cpu().to(torch.float16 if v.is_floating_point() else v.dtype).contiguous() for k, v in vit.state_dict().items()}
+    state = {k: v.detach().cpu().to(torch.float16 if v.is_floating_point() and not isinstance(model, str) else v.dtype).contiguous() for k, v in vit.state_dict().items()}
     write_atomic(path, save(state, {'model': json.dumps(about, sort_keys=True)}))   # one entry: safetensors shuffles several
 
 # %% ../nbs/10_features.ipynb #from_file

@@ -22,17 +22,17 @@ from .stage import sharded
 
 # %% ../nbs/22_maskcut.ipynb #foreground
 def _strongest(x):
-    "Index of the first entry that equals the largest up to float32's rounding."
-    return np.argmax(x >= x.max() - 1e-6*abs(x.max()))
+    "Where x equals its largest entry up to float32's rounding, bool."
+    return x >= x.max() - 1e-6*abs(x.max())
 
 def foreground(x:np.ndarray, # float [h, w], second eigenvector
                )->np.ndarray: # bool [h, w], one connected region
     "The object's side of the cut, and of it the piece around the strongest token (CutLER, sec. 3.2)."
     side = x > x.mean()
     corners = side[[0, 0, -1, -1], [0, -1, 0, -1]].sum()
-    if corners >= 3 or not side.flat[_strongest(np.abs(x))]: x, side = -x, ~side
+    if corners >= 3 or side[_strongest(np.abs(x))].mean() < .5: x, side = -x, ~side
     pieces, _ = ndimage.label(side)
-    return pieces == pieces.flat[_strongest(x)]
+    return pieces == np.bincount(pieces[_strongest(x)]).argmax()
 
 # %% ../nbs/22_maskcut.ipynb #cut
 def _cut(links, painted):
