@@ -1,6 +1,6 @@
 """Normalized cut and MaskCut against the dense reference: equal masks, and how much faster.
 
-    python benchmarks/ncut.py [--timed 9] [--grid 60] [--other-grid 48] [--hard-grid 40] [--threads 2] [--speed-only] [--out benchmarks/results/ncut.md]
+    python benchmarks/ncut.py [--timed 9] [--grid 60] [--other-grid 48] [--hard-grid 40] [--threads 2] [--speed-only | --masks-only] [--out benchmarks/results/ncut.md]
 
 The reference side solves (D - A) x = lambda D x by `scipy.linalg.eigh` in double precision, a new affinity each round, as the
 published method describes (CutLER, section 3.2). Images: photographs of `../shared/data/coco26` (or of the folder named by
@@ -191,11 +191,20 @@ def product_line(keys):
     a, b = (np.median(v, 0) for v in taken.values())
     return f'One product with the links of {len(exact)} tokens: {1e3*a[0]:.2f} ms in integers (error {a[2]:.0e}), {1e3*b[0]:.2f} ms in float32 (error {b[2]:.0e}): **{b[0]/a[0]:.1f}x** (wall; CPU {b[1]/a[1]:.1f}x).'
 
+def speed_table(times, grid, threads, keys):
+    wall, cpu = ([t[k]/o[k] for t, o in times] for k in (0, 1))
+    (tw, tc), (ow, oc) = (np.median([x[k] for x in times], 0) for k in (0, 1))
+    return ['## Speed of the whole chain', '',
+            f'Gram matrix, {N_MASKS} rounds, regions and masks of {len(times)} photographs, {grid**2} tokens, {DIM}-d, {threads} thread{"s"*(threads > 1)}; the dense reference once, ours five times an image.', '',
+            '| | dense reference, s | ours, s | ratio, median of the images | least | most |', '|---|---|---|---|---|---|',
+            f'| wall | {tw:.2f} | {ow:.3f} | **{np.median(wall):.0f}** | {min(wall):.0f} | {max(wall):.0f} |', f'| CPU | {tc:.2f} | {oc:.3f} | **{np.median(cpu):.0f}** | {min(cpu):.0f} | {max(cpu):.0f} |', '',
+            product_line(keys)]
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--photos', type=int, default=26); parser.add_argument('--timed', type=int, default=9); parser.add_argument('--seeds', type=int, default=4)
     parser.add_argument('--grid', type=int, default=60); parser.add_argument('--other-grid', type=int, default=48); parser.add_argument('--hard-grid', type=int, default=40)
-    parser.add_argument('--threads', type=int, default=2); parser.add_argument('--speed-only', action='store_true'); parser.add_argument('--out')
+    parser.add_argument('--threads', type=int, default=2); parser.add_argument('--speed-only', action='store_true'); parser.add_argument('--masks-only', action='store_true'); parser.add_argument('--out')
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
     if not (SHARED/'coco26').is_dir(): raise SystemExit(f'{SHARED/"coco26"}: the photographs are not there; name their folder in U2SEG_SHARED_DATA')
@@ -203,6 +212,7 @@ def main():
     todo = [t for i, (p, q) in enumerate(zip(photos, truths)) for t in (('photographs, low-level features', partial(low_level, p, i)), ('photographs, embedded segments', partial(semantic, q, i)))]
     rows, times = [], []
     if a.speed_only: todo, a.seeds = todo[:a.timed], 0
+    if a.masks_only: a.timed = 0
     for i, (name, make) in enumerate(todo):
         keys = make(a.grid if i < a.timed else a.other_grid)
         if not i: maskcut(keys, tau=TAU, n_masks=N_MASKS)                      # first calls
@@ -214,13 +224,7 @@ def main():
         for seed in range(a.seeds):
             keys = hard(kind, seed, a.hard_grid)
             rows.append(row(f'hard: {kind}', keys, reference_rounds(keys)))
-    wall, cpu = ([t[k]/o[k] for t, o in times] for k in (0, 1))
-    (tw, tc), (ow, oc) = (np.median([x[k] for x in times], 0) for k in (0, 1))
-    speed = ['## Speed of the whole chain', '',
-             f'Gram matrix, {N_MASKS} rounds, regions and masks of {len(times)} photographs, {a.grid**2} tokens, {DIM}-d, {a.threads} thread{"s"*(a.threads > 1)}; the dense reference once, ours five times an image.', '',
-             '| | dense reference, s | ours, s | ratio, median of the images | least | most |', '|---|---|---|---|---|---|',
-             f'| wall | {tw:.2f} | {ow:.3f} | **{np.median(wall):.0f}** | {min(wall):.0f} | {max(wall):.0f} |', f'| CPU | {tc:.2f} | {oc:.3f} | **{np.median(cpu):.0f}** | {min(cpu):.0f} | {max(cpu):.0f} |', '',
-             product_line(rows[0]['keys'])]
+    speed = speed_table(times, a.grid, a.threads, rows[0]['keys']) if times else []
     masks = [] if a.speed_only else ['## Equal masks', '', *mask_table(rows), '', '## When to stop', '', *rule_table(rows), '']
     publish([*heading('Normalized cut against the dense reference', a.threads, ('torch', 'scipy', 'numpy')), *masks, *speed], a.out)
 
