@@ -70,16 +70,17 @@ if __name__ == '__main__':
     first = {k: v.clone() for k, v in net.state_dict().items()}
     lines = [row('first training', n, len(labels['annotations']), scores(net, a.dev, shares, folder/'scores0'))]
     print(lines[-1], flush=True)
-    for kind in 'round', 'control':
+    for kind in 'round', 'round with DropLoss', 'control':
         net.load_state_dict(first); coco = labels
         net.roi_heads.droploss = 0. if kind == 'round' else net.config['droploss']
+        at = kind.replace(' ', '_')
         for r in range(1, a.rounds + 1):
-            if kind == 'round': coco, n_found = relabel(net, a.root, coco, p, r, folder/f'labels{r}')
-            fit(net, batches(coco, a.seed + r), folder=folder/f'{kind}{r}', n_iters=m)
-            lines.append(row(f'{kind} {r}', n + r * m, len(coco['annotations']), scores(net, a.dev, shares, folder/f'scores_{kind}{r}')))
+            if kind != 'control': coco, _ = relabel(net, a.root, coco, p, r, folder/f'labels_{at}{r}')
+            fit(net, batches(coco, a.seed + r), folder=folder/f'{at}{r}', n_iters=m)
+            lines.append(row(f'{kind} {r}', n + r * m, len(coco['annotations']), scores(net, a.dev, shares, folder/f'scores_{at}{r}')))
             print(lines[-1], flush=True)
     text = '\n'.join([f'# Self-training rounds, {date.today()}', '', f'`python benchmarks/rounds.py`, torch {torch.__version__}, seed {a.seed}, score thresholds {p["round_scores"][:a.rounds]}; class-agnostic, in %, mean of 200 object-centric and 200 '
-                      'scene-centric pictures drawn from another seed. *control*: trained on as long, with MaskCut\'s labels and DropLoss.', '',
+                      'scene-centric pictures drawn from another seed. *round*: labels of the detector so far, DropLoss off, as in CutLER. *control*: trained on as long with MaskCut\'s labels and DropLoss.', '',
                       '| | iterations | labels | mask AP50 | mask AP | mask AR100 | box AP50 | objects AP50 / AR100 | scenes AP50 / AR100 |', '|---|---|---|---|---|---|---|---|---|', *lines])
     print(text)
     if a.write: (Path(__file__).parent/'results').mkdir(exist_ok=True); (Path(__file__).parent/'results'/'rounds.md').write_text(text + '\n')

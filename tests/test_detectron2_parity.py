@@ -241,7 +241,7 @@ def inference_gaps(mine, theirs, x, monkeypatch)->dict:
     return out
 
 def training_gaps(mine, theirs, images, targets)->dict:
-    "Differences of the losses, both in training mode, on the same proposals and the same sampled indices."
+    "Differences of the losses, both in training mode, on the same proposals and the same sampled indices; of those above 1 as a share."
     mine.train(); theirs.train()
     with torch.no_grad(), EventStorage():
         (x, shapes), d = mine.batch(images), as_detectron2(images, targets)
@@ -251,7 +251,7 @@ def training_gaps(mine, theirs, images, targets)->dict:
         a |= ours.cascade_losses(mine.roi_heads, f, [v.proposal_boxes.tensor for v in q], shapes, targets) | mine.sem_seg_head.loss(mine.sem_seg_head(f), ours.padded_sem(targets, x.shape[-2:]))
         b |= theirs.roi_heads(image_list, g, q, instances)[1] | theirs.sem_seg_head(g, ours.padded_sem(targets, x.shape[-2:]))[1]
     assert set(a) == set(b) and a['loss_mask'] > 0 and a['loss_rpn_loc'] > 0
-    return {k: gap(a[k], b[k]) for k in b}
+    return {k: gap(a[k], b[k]) / max(b[k].item(), 1) for k in b}
 
 def compare_full_size(monkeypatch, n, short, dtype=torch.float):
     "Largest differences over n photos."

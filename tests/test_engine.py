@@ -198,7 +198,7 @@ def test_checkpoints_go_both_ways(data, tmp_path):
     assert equal(E.build(net), net)
 
 @needs
-@pytest.mark.parametrize('bad, said', [(dict(ema=.9), 'ema'), (dict(accumulate=2), 'accumulate'), (dict(loss_weights={'loss_cls': 2.}), 'loss_weights'), (dict(amp='fp16'), 'GPUs alone')])
+@pytest.mark.parametrize('bad, said', [(dict(ema=.9), 'ema'), (dict(accumulate=2), 'accumulate'), (dict(loss_weights={'loss_cls': 2.}), 'loss_weights'), (dict(amp='fp16'), 'GPUs alone'), (dict(optimizer='lion'), "'lion'")])
 def test_what_it_cannot_do_is_refused(data, tmp_path, bad, said):
     with pytest.raises(ValueError, match=said): E.fit(lively(STUDENT), batches(data), folder=tmp_path, **{**RECIPE, **bad})
     assert not list(tmp_path.iterdir())

@@ -238,40 +238,12 @@ class Follow(HookBase):
     def state_dict(self): return dict(rows=self.rows, window=self.window)
     def load_state_dict(self, state): self.rows, self.window = state['rows'], state['window']
 
-# %% ../nbs/90_detectron2.ipynb #fit
-def fit(model:PanopticRCNN,  # trained in place
-        batches:Batches,
-        *, folder:str|Path,  # gets detectron2's checkpoints, metrics.json and log.csv
-        n_iters:int, lr:float, schedule:str, steps:list[int], gamma:float, flat:float, warmup:int, warmup_factor:float, optimizer:str, momentum:float, weight_decay:float,
-        cls_lr_multiplier:float, clip:str|None, clip_value:float, loss_weights:dict[str, float], amp:str|None, accumulate:int, ema:float, precise_bn:int, checkpoint_every:int,
-        log_every:int=20, n_workers:int=0)->list[dict]: # rows of the log
-    "As `train.fit`, by detectron2's trainer."
-    refused = [k for k, v, off in (('accumulate', accumulate, 1), ('ema', ema, 0), ('loss_weights', loss_weights, {})) if v != off]
-    device, (rank, world) = model.pixel_mean.device, _processes()
+# %% ../nbs/90_detectron2.ipynb #parts-of-fit
+def _refuse(device, *, amp, **off):
+    "`ValueError` for what detectron2's trainer has no means for; `off`: value, and the value that leaves it off."
+    refused = [k for k, (v, none) in off.items() if v != none]
     if refused: raise ValueError(f"engine 'detectron2' does not know {', '.join(refused)}; leave them off, or take engine 'torch'")
     if amp and device.type != 'cuda': raise ValueError(f"engine 'detectron2' has amp on GPUs alone, got {amp!r} on {device}")
-    at = functools.partial(lr_factor, n_iters=n_iters, schedule=schedule, steps=steps, gamma=gamma, flat=flat, warmup=warmup, warmup_factor=warmup_factor)
-    theirs = build(model)
-    folder = Path(folder)/f'detectron2-{_digest(model, batches, n_iters, lr, optimizer, momentum, weight_decay, cls_lr_multiplier, clip, clip_value, amp, precise_bn, [at(i) for i in range(n_iters)])}'
-    batches, share = _registered(batches, folder.name), dict(rank=rank, world=world, n_workers=n_workers)
-    groups = [dict(g, lr=lr * g.pop('multiplier')) for g in parameter_groups(theirs, weight_decay=weight_decay, cls_lr_multiplier=cls_lr_multiplier)]
-    stepper = torch.optim.AdamW(groups, lr=lr) if optimizer == 'adamw' else torch.optim.SGD(groups, lr=lr, momentum=momentum)
-    whole = DistributedDataParallel(theirs, broadcast_buffers=False, find_unused_parameters=True) if world > 1 else theirs
-    loader = Loader(batches, start=0, end=n_iters, **share)
-    trainer = AMPTrainer(whole, loader, stepper, precision=AMP[amp]) if amp else SimpleTrainer(whole, loader, stepper)
-    folder.mkdir(parents=True, exist_ok=True)
-    keeper = DetectionCheckpointer(theirs, str(folder), trainer=trainer, save_to_disk=rank == 0)
-    follow = Follow(seed=batches.seed, rank=rank, clip=clip, clip_value=clip_value, log_every=log_every, folder=folder.parent)
-    settle = hooks.PreciseBN(0, theirs, Loader(batches, start=n_iters, end=n_iters + precise_bn, **share), precise_bn) if precise_bn else None
-    writers = [JSONWriter(str(folder/'metrics.json'))] + ([TensorboardXWriter(str(folder))] if importlib.util.find_spec('tensorboard') else [])
-    trainer.register_hooks([follow, hooks.LRScheduler(scheduler=torch.optim.lr_scheduler.LambdaLR(stepper, at)), settle,
-                            *([hooks.PeriodicCheckpointer(keeper, checkpoint_every, max_to_keep=1), hooks.PeriodicWriter(writers, log_every)] if rank == 0 else [])])
-    keeper.resume_or_load('')
-    loader.start = trainer.iter + 1 if keeper.has_checkpoint() else 0
-    with torch.random.fork_rng():
-        if loader.start < n_iters: trainer.train(loader.start, n_iters)
-    model.load_state_dict(theirs.state_dict())
-    return follow.rows
 
 def _digest(model, batches, *recipe):
     "Short name of all that shapes the result."
@@ -284,3 +256,43 @@ def _registered(batches, name):
     register(name, batches.dataset)
     out = copy.copy(batches); out.dataset = CatalogLabels(name)
     return out
+
+def _stepper(model, *, optimizer, lr, momentum, **groups):
+    groups = [dict(g, lr=lr * g.pop('multiplier')) for g in parameter_groups(model, **groups)]
+    if optimizer not in ('sgd', 'adamw'): raise ValueError(f"optimizer must be 'sgd' or 'adamw', got {optimizer!r}")
+    return torch.optim.AdamW(groups, lr=lr) if optimizer == 'adamw' else torch.optim.SGD(groups, lr=lr, momentum=momentum)
+
+def _writing(keeper, folder, checkpoint_every, log_every):
+    "The hooks of the first process."
+    writers = [JSONWriter(str(folder/'metrics.json'))] + ([TensorboardXWriter(str(folder))] if importlib.util.find_spec('tensorboard') else [])
+    return [hooks.PeriodicCheckpointer(keeper, checkpoint_every, max_to_keep=1), hooks.PeriodicWriter(writers, log_every)]
+
+# %% ../nbs/90_detectron2.ipynb #fit
+def fit(model:PanopticRCNN,  # trained in place
+        batches:Batches,
+        *, folder:str|Path,  # gets log.csv, and a folder with detectron2's checkpoints and metrics.json
+        n_iters:int, lr:float, schedule:str, steps:list[int], gamma:float, flat:float, warmup:int, warmup_factor:float, optimizer:str, momentum:float, weight_decay:float,
+        cls_lr_multiplier:float, clip:str|None, clip_value:float, loss_weights:dict[str, float], amp:str|None, accumulate:int, ema:float, precise_bn:int, checkpoint_every:int,
+        log_every:int=20, n_workers:int=0)->list[dict]: # rows of the log
+    "As `train.fit`, by detectron2's trainer."
+    (rank, world), folder = _processes(), Path(folder)
+    _refuse(model.pixel_mean.device, amp=amp, accumulate=(accumulate, 1), ema=(ema, 0), loss_weights=(loss_weights, {}))
+    at = functools.partial(lr_factor, n_iters=n_iters, schedule=schedule, steps=steps, gamma=gamma, flat=flat, warmup=warmup, warmup_factor=warmup_factor)
+    recipe = n_iters, lr, optimizer, momentum, weight_decay, cls_lr_multiplier, clip, clip_value, amp, precise_bn, [at(i) for i in range(n_iters)]
+    home = folder/f'detectron2-{_digest(model, batches, *recipe)}'
+    theirs, batches, share = build(model), _registered(batches, home.name), dict(rank=rank, world=world, n_workers=n_workers)
+    stepper = _stepper(theirs, optimizer=optimizer, lr=lr, momentum=momentum, weight_decay=weight_decay, cls_lr_multiplier=cls_lr_multiplier)
+    whole = DistributedDataParallel(theirs, broadcast_buffers=False, find_unused_parameters=True) if world > 1 else theirs
+    loader = Loader(batches, start=0, end=n_iters, **share)
+    trainer = AMPTrainer(whole, loader, stepper, precision=AMP[amp]) if amp else SimpleTrainer(whole, loader, stepper)
+    home.mkdir(parents=True, exist_ok=True)
+    keeper = DetectionCheckpointer(theirs, str(home), trainer=trainer, save_to_disk=rank == 0)
+    follow = Follow(seed=batches.seed, rank=rank, clip=clip, clip_value=clip_value, log_every=log_every, folder=folder)
+    settle = hooks.PreciseBN(0, theirs, Loader(batches, start=n_iters, end=n_iters + precise_bn, **share), precise_bn) if precise_bn else None
+    trainer.register_hooks([follow, hooks.LRScheduler(scheduler=torch.optim.lr_scheduler.LambdaLR(stepper, at)), settle, *(_writing(keeper, home, checkpoint_every, log_every) if rank == 0 else [])])
+    keeper.resume_or_load('')
+    loader.start = trainer.iter + 1 if keeper.has_checkpoint() else 0
+    with torch.random.fork_rng():
+        if loader.start < n_iters: trainer.train(loader.start, n_iters)
+    model.load_state_dict(theirs.state_dict())
+    return follow.rows
