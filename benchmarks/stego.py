@@ -1,9 +1,10 @@
 """STEGO against k-means on the same features, with a single cluster as the floor; PixelAcc and mIoU on a labelled development set, one-to-one.
 
-    python benchmarks/stego.py --labelled DIR [--sweep] [--seeds 3] [--crf-every 4] [--out benchmarks/results/stego.md]
+    python benchmarks/stego.py --labelled DIR [--sweep] [--seeds 3] [--crf-every 4] [--train DIR] [--axes 64] [--cache FILE] [--out benchmarks/results/stego.md]
 
 DIR holds `objects/` and `scenes/` in the layout of `data/`, drawn from another seed (`u2seg.scenes.draw_dataset`), so that nothing is tuned on the images that
-the tables report. Training sees the images of `params.yaml`, without labels. Settings are those of `params.yaml`, section `stego`; `--sweep` varies them one at a time.
+the tables report. Training sees the images of `params.yaml`, or those of another folder of that layout (--train), without labels. With --axes both labellers see
+the features projected on so many axes, which is faster; features may be kept in a file (--cache), and the CRF left out (--crf-every 0). Settings are those of `params.yaml`, section `stego`; `--sweep` varies them one at a time.
 """
 import argparse, resource, statistics, tempfile, time
 from pathlib import Path
@@ -16,7 +17,7 @@ import yaml
 from u2seg.correspondence import nearest_images
 from u2seg.features import ViTFeatures
 from u2seg.images import list_images, normalize, read_ids, read_image, read_json, resize_image, to_tensor
-from u2seg.labeller import PatchFeatures, extractor, gather_features, segment, write_semantic
+from u2seg.labeller import Head, Labeller, PatchFeatures, extractor, gather_features, segment, write_semantic
 from u2seg.matching import match_clusters, pixel_votes
 from u2seg.stego import fit_kmeans, fit_stego, refit_probe
 
@@ -48,7 +49,7 @@ def read_truth(folder, share, split='val'):
 class Truth:
     "The labelled pictures, their features (once), and the votes of a labeller."
     def __init__(self, folder, extract, *, size, patch_size, flip, n_classes=14, shares=('objects', 'scenes')):
-        self.share, self.pictures, self.maps = [], [], []
+        self.size, self.share, self.pictures, self.maps = size, [], [], []
         for share in shares:
             for picture, m in read_truth(Path(folder), share): self.share.append(share); self.pictures.append(picture); self.maps.append(m)
         self.extract, self.args, self.n_classes = extract, dict(size=size, patch_size=patch_size, flip=flip), n_classes
@@ -82,6 +83,26 @@ def summary(votes, n_things=8):
     total = sum(votes.values())
     both, stuff = scores(total), scores(total[:, n_things:])
     return dict(acc=both['acc'], miou=both['miou'], stuff_acc=stuff['acc'], stuff_miou=stuff['miou'], majority=total.max(1).sum() / total.sum())
+
+
+def prepare(args, p, data):
+    "Features of the training images, pooled features, the labelled pictures; seconds of CPU for the first."
+    if args.cache and Path(args.cache).exists(): return torch.load(args.cache, weights_only=False)
+    vit = ViTFeatures.from_file(args.backbone); extract = extractor(vit, p['feature'])
+    t = time.process_time()
+    features, pooled, _ = gather_features(PatchFeatures(extract, data['root'], list_images(data['root'], data['train']), size=p['size'], crops=p['crops']), max_gb=p['max_gb'])
+    made = features, pooled, Truth(args.labelled, extract, size=p['map_size'], patch_size=vit.patch_size, flip=p['flip']), time.process_time() - t
+    if args.cache: torch.save(made, args.cache)
+    return made
+
+
+def project(features, truth, n_axes):
+    "Training features and labelled features on the first axes of the former (not centred); the share of their squares that is kept."
+    x = features[::3].float().permute(0, 2, 3, 1).flatten(0, 2)
+    axes = torch.linalg.eigh(x.T @ x)[1].flip(1)[:, :n_axes]
+    on = lambda f: None if f is None else torch.einsum('bdhw,dc->bchw', f.float(), axes).half()
+    truth.feat, truth.mirrored = on(truth.feat), on(truth.mirrored)
+    return on(features), ((x @ axes).square().sum() / x.square().sum()).item()
 
 
 def fit_args(p): return {k: p[k] for k in FIT}
@@ -157,28 +178,31 @@ def knn_cost(n=20000, d=384):
 def main():
     q = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     q.add_argument('--labelled', required=True); q.add_argument('--params', default='params.yaml'); q.add_argument('--backbone', default='out/pretrain/backbone.safetensors')
-    q.add_argument('--seeds', type=int, default=3); q.add_argument('--sweep', action='store_true'); q.add_argument('--crf-every', type=int, default=4); q.add_argument('--out')
+    q.add_argument('--seeds', type=int, default=3); q.add_argument('--sweep', action='store_true'); q.add_argument('--crf-every', type=int, default=4); q.add_argument('--train'); q.add_argument('--axes', type=int, default=0); q.add_argument('--cache'); q.add_argument('--out')
     args = q.parse_args()
     params = yaml.safe_load(Path(args.params).read_text()); p = params['stego']
     data = params.get('data', dict(root='data', train=['objects/train', 'scenes/train']))
-    vit = ViTFeatures.from_file(args.backbone); extract = extractor(vit, p['feature'])
-    images = list_images(data['root'], data['train'])
     torch.set_num_threads(1)
-    t = time.process_time(); features, pooled, _ = gather_features(PatchFeatures(extract, data['root'], images, size=p['size'], crops=p['crops']), max_gb=p['max_gb']); t_feat = time.process_time() - t
-    neighbors = nearest_images(pooled, p['n_neighbors'])
-    truth = Truth(args.labelled, extract, size=p['map_size'], patch_size=vit.patch_size, flip=p['flip'])
+    if args.train: data = dict(root=args.train, train=['objects/train', 'scenes/train'])
+    features, pooled, truth, t_feat = prepare(args, p, data)
+    neighbors, note = nearest_images(pooled, p['n_neighbors']), ''
+    if args.axes:
+        features, kept = project(features, truth, args.axes)
+        note = f' on their first {args.axes} axes ({kept:.1%} of their squares)'
     if args.sweep: text = '## Sweep\n\n`python benchmarks/stego.py --labelled DIR --sweep`: one knob at a time, seed 0, no CRF.\n\n' + sweep(p, features, neighbors, truth)
     else:
         table, t_fit = ablation(p, features, neighbors, truth, range(args.seeds), args.crf_every)
-        km = fit_kmeans(features, n_classes=p['n_classes'], code_dim=p['code_dim'], smooth=1, seed=0)
-        costs = [export_cost(p, km, extract, vit.patch_size, data['root'], images[-64:], crf) for crf in (None, crf_args(p))]
+        vit = ViTFeatures.from_file(args.backbone); extract = extractor(vit, p['feature'])
+        images = list_images(data['root'], data['train'])
+        km = Labeller(Head(vit.dim, p['code_dim']), torch.randn(p['n_classes'], p['code_dim'])).requires_grad_(False)   # what it says does not matter here
+        costs = [export_cost(p, km, extract, vit.patch_size, data['root'], images[-32:], crf) for crf in (None, crf_args(p))]
         t_knn, mb = knn_cost()
         n = 118_287 * 5
         text = f'''# STEGO
 
 `python benchmarks/stego.py --labelled DIR`, one thread. {len(truth.maps)} labelled pictures of the object-centric and scene-centric shares, drawn from another seed than
 `data/`; {p['n_classes']} clusters matched one-to-one to 8 thing and 6 stuff classes (clusters beyond that count as wrong); "stuff": pixels of the 6 stuff classes alone, matched one-to-one anew.
-Features `{p['feature']}`, the same for both. Mean (lowest - highest) of {args.seeds} seeds.
+Trained on {len(features)} pictures; scored on maps made at {truth.size} px. Features `{p['feature']}`{note}, the same for both. Mean (lowest - highest) of {args.seeds} seeds.
 
 {table}
 
@@ -188,10 +212,10 @@ Times are seconds of CPU (one core), so that other work on the machine does not 
 
 | | |
 |---|---|
-| features of {len(images)} images, once | {t_feat:.0f} s |
+| features of {len(features)} training and {len(truth.maps)} labelled images, once | {t_feat:.0f} s |
 | training, {p['n_steps']} steps of {p['batch_size']} | {t_fit:.0f} s |
 | a map at {p['map_size']} px{' with mirror image' if p['flip'] else ''}, without CRF | {costs[0]:.0f} ms |
-| the same with CRF | {costs[1]:.0f} ms; {len(images)} maps by 4 processes: {costs[1] * len(images) / 4000:.0f} s |
+| the same with CRF | {costs[1]:.0f} ms; 2,000 maps by 4 processes: {costs[1] / 2:.0f} s |
 | 7 neighbours among 20,000 vectors of 384, exact | {t_knn:.1f} s, {mb:.0f} MB beside the vectors |
 
 On paper, COCO train2017 with five crops and a ViT-S/8: {n:,} vectors of 384 are {n * 384 * 4 / 1e9:.2f} GB (twice that while they are indexed), a block of 4,096 queries adds {4096 * 8 * 12 / 1e6:.1f} MB;
