@@ -96,6 +96,19 @@ def test_renaming_the_clusters_renames_the_mapping():
         assert (match_clusters(votes[order], method) == match_clusters(votes, method)[order]).all()
 
 
+def test_equal_counts_do_not_depend_on_the_clusters_numbers():
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        votes = np.unique(rng.integers(0, 3, (9, 5)), axis=0)                # ties everywhere, no two rows the same
+        order = rng.permutation(len(votes))
+        for method in ('hungarian', 'hungarian+vote'):
+            m = match_clusters(votes, method)
+            assert (match_clusters(votes[order], method) == m[order]).all()
+        one = match_clusters(votes, 'hungarian')
+        best = max(sum(votes[i, j] for j, i in enumerate(p)) for p in itertools.permutations(range(len(votes)), 5)) if seed < 3 and len(votes) >= 5 else None
+        assert best is None or sum(votes[i, j] for i, j in enumerate(one) if j >= 0) == best
+
+
 def test_unmatched_clusters_lose_their_detections():
     found = [dict(category_id=c) for c in (1, 2, 3, 2)]
     assert map_instances(found, np.array([7, -1, 9])) == [dict(category_id=7), dict(category_id=9)]

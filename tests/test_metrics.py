@@ -9,7 +9,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from u2seg.classes import COCO_PANOPTIC, supercategories
-from u2seg.evaluate import choose, count_votes, merged, read_truth, score, semantic_map
+from u2seg.evaluate import Packed, choose, count_votes, merged, read_truth, score, semantic_map
 from u2seg.images import decode_rle, encode_rle, ids_to_rgb, mask_to_box, read_ids, write_ids, write_json
 from u2seg.metrics import confusion_matrix, instance_ap, instances_from_panoptic, pair_counts, panoptic_quality, remap, semantic_from_panoptic, semantic_scores
 from u2seg.png import _inflate, count_pairs, read_map, read_runs
@@ -282,7 +282,8 @@ def test_faults_of_pq_are_named():
         with pytest.raises(ValueError, match=words): broken(change)
 
 
-def test_renaming_clusters_changes_no_score(tmp_path):
+@pytest.mark.parametrize('method', ['vote', 'hungarian', 'hungarian+vote'])
+def test_renaming_clusters_changes_no_score(method, tmp_path):
     draw_dataset(tmp_path, seed=5, n_train=1, n_val=6, kinds=('scenes',))
     truth, rng = read_truth(tmp_path, 'scenes/val'), np.random.default_rng(0)
     things, stuff = rng.permutation(12) + 1, rng.permutation(9)
@@ -299,8 +300,18 @@ def test_renaming_clusters_changes_no_score(tmp_path):
     scores = []
     for t, s in ((np.arange(12) + 1, np.arange(9)), (things, stuff)):
         r = records(t, s)
-        scores.append(score(r, truth, choose(count_votes(r, truth, **knobs), truth, method='vote')))
+        scores.append(score(r, truth, choose(count_votes(r, truth, **knobs), truth, method=method)))
     assert scores[0].keys() == scores[1].keys() and all(abs(scores[0][k] - scores[1][k]) < 1e-9 for k in scores[0]) and 0 < scores[0]['PQ'] < 1
+
+
+def test_records_keep_their_maps_small_and_unchanged():
+    rng = np.random.default_rng(0)
+    maps = dict(stuff=np.kron(rng.integers(0, 28, (24, 32)), np.ones((20, 20))).astype(np.uint8), ids=np.kron(rng.integers(0, 900, (24, 32)), np.ones((20, 20))).astype(np.uint16))
+    r = Packed(dict(maps, segments=[dict(id=1)]))
+    for copied in (r, Packed(dict(r)), Packed(r), Packed({k: v for k, v in r.items()})):
+        assert 'ids' in copied and all((copied[k] == v).all() and copied[k].dtype == v.dtype for k, v in maps.items()) and copied['segments'] == [dict(id=1)]
+        assert sum(len(dict.__getitem__(copied, k)[2]) for k in maps) < sum(v.nbytes for v in maps.values()) / 25
+    r['ids'][:] = 0; assert (r['ids'] == maps['ids']).all()              # a copy was changed
 
 
 def test_the_semantic_map_takes_segments_then_stuff_then_nothing():

@@ -177,20 +177,21 @@ def count_votes(records:dict[int, dict], # image id -> record
                 match_score:float,       # detections from this score on vote
                 match_iou:float,         # IoU of boxes above which they do
                 match_stuff_iou:float,   # IoU of regions above which a stuff label does
-                )->dict[str, np.ndarray]: # things [n_clusters, things], stuff [n_stuff, stuff], pixels [n_stuff, classes]
+                )->dict[str, np.ndarray]: # things [n_clusters, things], stuff [n_stuff, stuff], pixels [n_stuff, classes]; things_seen, stuff_seen: sum of scores, pixels
     "The evidence of which cluster is which class."
     found = [d for r in records.values() for d in r.get('instances', r.get('voters', []))]
     things = instance_votes(found, truth['instances']['annotations'], n_clusters=n_clusters, class_ids=truth['things'],
                             score_threshold=match_score, iou_threshold=match_iou, iou_type='bbox')
     classes = list(truth['names'])
     stuff_index = {classes.index(c): j for j, c in enumerate(truth['stuff'], 1)}
-    stuff, pixels = np.zeros((n_stuff, len(truth['stuff'])), np.int64), np.zeros((n_stuff, len(classes)), np.int64)
+    stuff, pixels, seen = np.zeros((n_stuff, len(truth['stuff'])), np.int64), np.zeros((n_stuff, len(classes)), np.int64), np.zeros(n_stuff)
     for i, classes_map in _class_maps(truth):
         if 'stuff' not in records[i]: continue
         label = records[i]['stuff']
+        seen += np.bincount(label.ravel(), minlength=256)[1:n_stuff + 1]
         stuff += semantic_votes(label, remap(classes_map, stuff_index, other=0), n_clusters=n_stuff, n_classes=len(truth['stuff']), iou_threshold=match_stuff_iou)
         pixels += pixel_votes(label, np.where(classes_map == 255, 0, classes_map + 1), n_clusters=n_stuff, n_classes=len(classes))
-    return dict(things=things, stuff=stuff, pixels=pixels)
+    return dict(things=things, stuff=stuff, pixels=pixels, things_seen=np.bincount([d['category_id'] - 1 for d in found], [d['score'] for d in found], n_clusters), stuff_seen=seen)
 
 # %% ../nbs/72_evaluate.ipynb #choose
 def choose(votes:dict[str, np.ndarray], # of `count_votes`, or sums of them
@@ -198,7 +199,7 @@ def choose(votes:dict[str, np.ndarray], # of `count_votes`, or sums of them
     "Name the clusters."
     out = {}
     for kind, ids in dict(things=truth['things'], stuff=truth['stuff'], pixels=list(truth['names'])).items():
-        m = match_clusters(votes[kind], method)
+        m = match_clusters(votes[kind], method, seen=votes.get('things_seen' if kind == 'things' else 'stuff_seen'))
         out[kind] = np.array([*ids, -1])[m]                                           # unmatched: the last
     return out
 

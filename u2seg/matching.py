@@ -20,8 +20,16 @@ from .images import read_json, write_json
 # %% ../nbs/70_matching.ipynb #match_clusters
 METHODS = 'vote', 'hungarian', 'hungarian+vote'
 
+def _untied(votes, seen):
+    "For counts [k, c]: differences of less than one vote in all, that depend on the rows and not on their order."
+    if (votes != np.floor(votes)).any(): return 0.                                     # no counts: equals are unlikely
+    roots = np.sqrt(2 + np.arange(votes.shape[1]))
+    code = (np.array([float(np.dot(row, roots)) for row in votes.astype(float)]) + (0 if seen is None else np.asarray(seen) % 97))[:, None]
+    return np.where(votes > 0, np.modf(code * roots)[0], 0) / (2 * min(votes.shape))
+
 def match_clusters(votes:np.ndarray,    # [k, c] evidence that a cluster is a class, not negative
                    method:str='vote',   # 'vote', 'hungarian' or 'hungarian+vote'
+                   *, seen:np.ndarray|None=None, # [k] any amount of a cluster, such as its pixels: decides between clusters of the same votes
                    )->np.ndarray:       # [k] int64, the class of each cluster, -1 = unmatched
     "A class for every cluster (U2Seg, appendix B: 'vote')."
     votes = np.asarray(votes)
@@ -32,7 +40,7 @@ def match_clusters(votes:np.ndarray,    # [k, c] evidence that a cluster is a cl
     if not votes.size: return mapping
     if method != 'hungarian': mapping = np.where(votes.max(1) > 0, votes.argmax(1), -1)
     if method != 'vote':
-        rows, cols = linear_sum_assignment(votes, maximize=True)
+        rows, cols = linear_sum_assignment(votes + _untied(votes, seen), maximize=True)
         some = votes[rows, cols] > 0
         mapping[rows[some]] = cols[some]
     return mapping
