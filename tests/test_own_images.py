@@ -14,7 +14,7 @@ from u2seg.stage import declared, load_params, run_check, stage_notebook, stage_
 
 root = Path(__file__).parents[1]
 small = yaml.safe_load((root/'tests'/'small.yaml').read_text())
-quicker = dict(cutler=dict(n_iters=2), train=dict(n_iters=2), stego=dict(n_steps=3, map_size=128), cluster=dict(k=3), maskcut=dict(crf=False), evaluate=dict(n_fit_images=4))
+quicker = dict(cutler=dict(n_iters=2), train=dict(n_iters=2), stego=dict(n_steps=3, map_size=128), cluster=dict(k=3, min_score=0.), maskcut=dict(crf=False), evaluate=dict(n_fit_images=4))
 formats = ['.jpg', '.png', '.BMP', '.webp', '.tif', '.gif']
 
 
@@ -77,6 +77,17 @@ def test_a_folder_without_labels_goes_all_the_way(repo):
     assert read_json('out/evaluate/metrics.json')['shares'] == {} and read_json('out/fewshot/metrics.json') == dict(runs=[])
     assert 'No ground truth was given' in Path('out/report/results.md').read_text() and Path('README.md').read_text() == (root/'README.md').read_text()
     assert all('NaN' not in p.read_text() for p in Path('out').glob('*/metrics.json'))
+
+
+def declared_outs():
+    "Everything that dvc.yaml says these stages leave, but the executed notebooks."
+    for name, stage in yaml.safe_load((root/'dvc.yaml').read_text())['stages'].items():
+        for kind in ('outs', 'metrics', 'plots'):
+            for out in stage.get(kind, []):
+                path = next(iter(out)) if isinstance(out, dict) else out
+                if not path.endswith('run.ipynb'): yield path
+
+def test_every_output_that_dvc_expects_is_there(repo): assert [p for p in declared_outs() if not (repo/p).exists()] == []
 
 
 def test_the_model_of_own_pictures_predicts(repo):
