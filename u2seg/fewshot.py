@@ -17,7 +17,7 @@ import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .augment import masks_to_boxes
 from .evaluate import read_truth, score
