@@ -95,7 +95,7 @@ def main():
         f"**Ratio to plain torch, CPU seconds: {cpu['plain', a]/cpu['ours', a]:.2f} at {a} rows, {cpu['plain', b]/cpu['ours', b]:.2f} at {b}.** Both sides are one matrix product in the main; they differ in memory.", '',
         '## 1.3 million rows, on paper', '', 'Time and memory are straight lines in the rows; through both sizes above they reach:', '', '| | |', '|---|---|',
         f'| one iteration | {one:.0f} core seconds |', f'| 100 iterations | {one*100/60:.0f} core minutes |', f'| file of embeddings, on disk | {1.3e6*args.dim*4/2**30:.1f} GiB |',
-        f"| memory beyond the start, the file's pages not counted | {peak['ours', b] + grows*(1.3e6 - b):.0f} MB; by counting: labels and distances {labels:.0f} MB, centroids and one block of rows |",
+        f"| memory beyond the start, the file's pages not counted | {peak['ours', b] + grows*(1.3e6 - b):.0f} MB at most, by the line through both sizes (buffers of fixed size are still filling up there); by counting: labels and distances {labels:.0f} MB, centroids and one block of rows |",
         f'| memory of the plain side | {1.3e6*args.dim*4/2**20:.0f} MB for the rows alone |',
         f'| one GPU (on paper only: none was at hand) | {2*1.3e6*args.k*args.dim/1e12:.1f} TFLOP an iteration: {2*1.3e6*args.k*args.dim/30e12*1e3:.0f} ms at 30 TFLOP/s of float32; the rows take {1.3e6*args.dim*4/20e9*1e3:.0f} ms from host memory at 20 GB/s, and their sums, made on the CPU, about as long again |'], args.out)
 
