@@ -170,7 +170,7 @@ def test_command_line(weights, tmp_path, capsys, monkeypatch):
     from u2seg.cli import main
     write_png(tmp_path/'a.png', picture()); (tmp_path/'b.jpg').write_bytes(b'x')
     assert main(['predict', str(tmp_path/'*.*g'), '--weights', str(weights), '--out', str(tmp_path/'out'), '--device', 'cpu']) == 0
-    assert '1 pictures' in (said := capsys.readouterr().out) and '1 could not be read' in said
+    assert '1 picture, ' in (said := capsys.readouterr().out) and '1 could not be read' in said
     monkeypatch.chdir(tmp_path)
     assert main(['predict', 'a.png']) == 1 and 'dvc pull' in (err := capsys.readouterr().err) and err.count('\n') == 1
 

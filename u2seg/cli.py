@@ -47,7 +47,7 @@ def predict(images:list[str], weights:str='out/train', out:str='segmented', batc
     "Segment images: an overlay for each, COCO panoptic PNG + JSON, COCO instances."
     from u2seg.predict import predict_folder
     n = predict_folder(images, weights, out, batch_size=batch_size, device=device)
-    print(f"{n['images']} pictures, {n['instances']} objects: {out}/overlay, {out}/panoptic.json, {out}/instances.json" + (f"; {n['skipped']} could not be read: {out}/skipped.json" if n['skipped'] else ''))
+    print(f"{n['images']} {'picture' if n['images'] == 1 else 'pictures'}, {n['instances']} {'object' if n['instances'] == 1 else 'objects'}: {out}/overlay, {out}/panoptic.json, {out}/instances.json" + (f"; {n['skipped']} could not be read: {out}/skipped.json" if n['skipped'] else ''))
 
 # %% ../nbs/95_cli.ipynb #download
 def download(name:str, out:str|None=None):

@@ -120,7 +120,7 @@ class U2Seg:
                         device:str|None=None)->'U2Seg': # None: a GPU if there is one
         path = Path(path)
         file = path/'model.safetensors' if path.is_dir() else path
-        if not file.is_file(): raise ValueError(f'{file}: no such file of weights; `dvc pull` fetches the trained model into out/train, `dvc repro` makes it')
+        if not file.is_file(): raise ValueError(f'{file}: no such file of weights; `dvc pull out/train/model.safetensors out/train/model.yaml` fetches the trained one, `dvc repro` makes it')
         beside = file.with_name('model.yaml')
         if config is None and not beside.is_file(): raise ValueError(f'{beside}: not there; give the configuration as config=')
         config = check_config(config) if isinstance(config, dict) else read_config(config or beside)
