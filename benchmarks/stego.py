@@ -198,9 +198,10 @@ def main():
         costs = [export_cost(p, km, extract, vit.patch_size, data['root'], images[-32:], crf) for crf in (None, crf_args(p))]
         t_knn, mb = knn_cost()
         n = 118_287 * 5
+        options = (' --train DIR' if args.train else '') + (f' --axes {args.axes}' if args.axes else '') + f' --crf-every {args.crf_every}'
         text = f'''# STEGO
 
-`python benchmarks/stego.py --labelled DIR`, one thread. {len(truth.maps)} labelled pictures of the object-centric and scene-centric shares, drawn from another seed than
+`python benchmarks/stego.py --labelled DIR{options}`, one thread. {len(truth.maps)} labelled pictures of the object-centric and scene-centric shares, drawn from another seed than
 `data/`; {p['n_classes']} clusters matched one-to-one to 8 thing and 6 stuff classes (clusters beyond that count as wrong); "stuff": pixels of the 6 stuff classes alone, matched one-to-one anew.
 Trained on {len(features)} pictures; scored on maps made at {truth.size} px. Features `{p['feature']}`{note}, the same for both. Mean (lowest - highest) of {args.seeds} seeds.
 
