@@ -277,7 +277,8 @@ def semantic27(records:dict[int, dict], images:list[dict], # {id, file_name}
     votes, pixels = np.zeros((n_clusters + n_stuff, 27), np.int64), np.zeros(27, np.int64)
     for im in images:
         r, fine = records[im['id']], STUFF27[np.array(Image.open(Path(folder)/f"{Path(im['file_name']).stem}.png"))]
-        below = n_clusters + r['under' if 'ids' in r else 'stuff'].astype(np.int32)
+        below = r['under' if 'ids' in r else 'stuff'].astype(np.int32)
+        below[below > 0] += n_clusters                                  # 0: no label
         label = np.where(r['ids'] > 0, semantic_from_panoptic(r['ids'], r['segments'], {c: c for c in range(1, len(votes) + 1)}), below) if 'ids' in r else below
         votes += pixel_votes(label, np.where(fine == 255, 0, fine.astype(np.int32) + 1), n_clusters=len(votes), n_classes=27)
         pixels += np.bincount(fine[fine < 27], minlength=27)
