@@ -146,7 +146,7 @@ def _read_shard(path, n):
     "The content of a shard file, or None if it is absent, broken or of another length (it is then made again)."
     try: shard = read_json(path)
     except ValueError: return None
-    good = isinstance(shard, list) and len(shard) == n and all(isinstance(r, dict) and len(r) == 1 for r in shard)
+    good = isinstance(shard, list) and len(shard) == n and all(isinstance(r, dict) and set(r) in ({'record'}, {'skipped'}) for r in shard)
     return shard if good else None
 
 def _load_ahead(load, batches, pool):
