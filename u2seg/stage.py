@@ -116,6 +116,7 @@ def run_stage(stage:str, root:str|Path='.'):
     out, scratch = Path(root, 'out', stage), Path(root, 'out', '.work', stage)
     out.mkdir(parents=True, exist_ok=True); scratch.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault('TQDM_MININTERVAL', '5')                       # each line of progress is a message that papermill has to handle
+    os.environ.setdefault('OMP_NUM_THREADS', '2')                        # the same on every machine, for the same bytes; small tensors gain nothing from more
     rank, world = _worker()
     kept = scratch/(f'run_{rank}.ipynb' if world > 1 else 'run.ipynb')
     with tempfile.TemporaryDirectory() as sockets:                       # of the kernel's own, so that two runs never meet
