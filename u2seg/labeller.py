@@ -22,12 +22,11 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.multiprocessing import start_processes
 from tqdm import tqdm
 
 from .crf import dense_crf
 from .images import normalize, read_image, resize_image, to_tensor, write_atomic, write_png
-from .stage import sharded
+from .stage import in_processes, sharded
 
 # %% ../nbs/49_labeller.ipynb #Head
 def drop_channels(x:Tensor, p:float, generator:torch.Generator|None)->Tensor:
@@ -239,8 +238,7 @@ def write_semantic(labeller:Labeller, extract:Callable, root:str|Path, images:li
     work_folder = Path(work_folder)/hashlib.sha256(state + json.dumps(knobs, sort_keys=True).encode()).hexdigest()[:16]
     share = partial(_write_share, labeller, extract, root, images, work_folder, knobs, dict(batch_size=batch_size, shard_size=shard_size))
     n = 1 if labeller.clusters.is_cuda else min(n_procs, math.ceil(len(images) / shard_size))
-    if n > 1: start_processes(_one_process, (n, share), n, start_method='spawn')
-    records, skipped = share('semantic')                       # after the processes: reads what they have made
+    records, skipped = in_processes(share, n, 'semantic')
     collect_files(work_folder/'semantic', folder, [f"{r['id']:012d}.png" for r in records])
     return records, skipped
 
@@ -256,11 +254,6 @@ def _write_share(labeller, extract, root, images, folder, knobs, sizes, desc='')
     if on_cpu: torch.set_num_threads(1)
     try: return sharded(images, load, work, folder, key=knobs, desc=desc, **sizes)
     finally: torch.set_num_threads(n_threads)
-
-def _one_process(i, n, share):
-    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-    os.environ.update(RANK=str(rank * n + i), WORLD_SIZE=str(world * n))
-    share('semantic' if i == 0 else '')
 
 # %% ../nbs/49_labeller.ipynb #save_labeller
 def save_labeller(path:str|Path, labeller:Labeller,

@@ -9,6 +9,7 @@ __all__ = ['foreground', 'cut_rounds', 'maskcut_batch', 'maskcut', 'fill_holes',
 # %% ../nbs/22_maskcut.ipynb #imports
 import hashlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import cv2, numpy as np, torch, torch.nn.functional as F
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from .crf import refine_masks
 from .images import encode_rle, instances_json, normalize, read_image, resize_image, resize_mask, to_tensor
 from .ncut import fiedler, orient, token_graph, token_links
-from .stage import sharded
+from .stage import in_processes, sharded
 
 # %% ../nbs/22_maskcut.ipynb #foreground
 def _strongest(x):
@@ -169,18 +170,28 @@ def label_images(items:list[dict],      # {id, file_name}, from `list_images`
                  *, root:str|Path,      # folder that file names are relative to
                  folder:str|Path,       # where finished shards are kept
                  size:int, feature:str, tau:float, n_masks:int, crf:bool, min_agreement:float, # as in `label_image`
-                 batch_size:int=16, shard_size:int=256, desc:str='maskcut', # `desc` heads the progress bar; '' for none
+                 n_procs:int=1,         # processes of one thread each, on a CPU
+                 batch_size:int=16, shard_size:int=64, desc:str='maskcut', # `desc` heads the progress bar; '' for none
                  )->tuple[dict, list]:  # COCO instances of one category; [{file_name, reason}] of the images skipped
     "Masks of a data set, resumable and shared among torchrun's workers."
     _check_options(features, size, feature, tau, n_masks, min_agreement)
+    if n_procs < 1: raise ValueError(f'n_procs must be 1 or more, got {n_procs}')
     options = dict(size=size, feature=feature, tau=tau, n_masks=n_masks, crf=crf, min_agreement=min_agreement)
+    n = 1 if any(p.is_cuda for p in features.parameters()) else min(n_procs, -(-len(items)//shard_size))
+    records, skipped = in_processes(partial(_label_share, items, features, root, folder, options, dict(batch_size=batch_size, shard_size=shard_size), n > 1), n, desc)
+    annotations = [dict(image_id=r['id'], category_id=1, **m) for r in records for m in r['masks']]
+    return instances_json([{k: r[k] for k in ('id', 'file_name', 'width', 'height')} for r in records], annotations, [dict(id=1, name='fg')]), skipped
+
+def _label_share(items, features, root, folder, options, sizes, one_thread, desc):
+    "The shards of this process."
+    size = options['size']
     def load(item):
         image = read_image(Path(root)/item['file_name'])
         return item, image.shape[:2], resize_image(image, (size, size))
     def work(loaded):
         found = _label([p for _, _, p in loaded], [s for _, s, _ in loaded], features, **options)
         return [dict(id=i['id'], file_name=i['file_name'], width=s[1], height=s[0], masks=m) for (i, s, _), m in zip(loaded, found)]
-    records, skipped = sharded(items, load, work, folder, key=dict(options, weights=weights_digest(features)),
-                               batch_size=batch_size, shard_size=shard_size, desc=desc)
-    annotations = [dict(image_id=r['id'], category_id=1, **m) for r in records for m in r['masks']]
-    return instances_json([{k: r[k] for k in ('id', 'file_name', 'width', 'height')} for r in records], annotations, [dict(id=1, name='fg')]), skipped
+    n_threads = torch.get_num_threads()
+    if one_thread: torch.set_num_threads(1)
+    try: return sharded(items, load, work, folder, key=dict(options, weights=weights_digest(features)), desc=desc, **sizes)
+    finally: torch.set_num_threads(n_threads)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['stage_notebook', 'stages', 'declared', 'stage_values', 'run_check', 'load_params', 'check_stages', 'tidy',
-           'run_stage', 'publish', 'sharded']
+           'run_stage', 'publish', 'sharded', 'in_processes']
 
 # %% ../nbs/03_stage.ipynb #imports
 import ast, hashlib, json, os, shutil, sys, tempfile, time
@@ -196,3 +196,18 @@ def _gather(items, parts, paths):
         records += [r['record'] for r in shard if 'record' in r]
         skipped += [dict(file_name=item['file_name'], reason=r['skipped']) for item, r in zip(part, shard) if 'skipped' in r]
     return records, skipped
+
+# %% ../nbs/03_stage.ipynb #in_processes
+def in_processes(share:Callable, # picklable; `share(desc)` does this process' part with `sharded`, under a progress bar if `desc` is not empty
+                 n:int,          # processes; 1: just this one
+                 desc:str):      # what `share(desc)` returns
+    "Do sharded work in n processes, then here, where it is found done."
+    if n > 1:
+        from torch.multiprocessing import start_processes
+        start_processes(_one_process, (n, share, desc), n, start_method='spawn')
+    return share(desc)
+
+def _one_process(i, n, share, desc):
+    rank, world = _worker()
+    os.environ.update(RANK=str(rank*n + i), WORLD_SIZE=str(world*n))
+    share(desc if i == 0 else '')
