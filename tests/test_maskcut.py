@@ -254,6 +254,11 @@ def test_a_broken_file_is_named_and_the_rest_is_labelled(folder):
         assert a['area'] == mask.sum() and a['category_id'] == 1 and a['iscrowd'] == 0 and 0 < a['score'] <= 1
     assert [a['id'] for a in coco['annotations']] == list(range(1, len(coco['annotations']) + 1))
 
+def test_processes_change_no_byte(folder):
+    alone, shared = run(folder, 'alone'), run(folder, 'shared', n_procs=2)
+    assert json.dumps(alone) == json.dumps(shared) and len(list((folder[0]/'shared').rglob('shard_*.json'))) == 4
+    with pytest.raises(ValueError, match='n_procs must be 1 or more, got 0'): run(folder, n_procs=0)
+
 def test_a_killed_run_goes_on_to_the_same_bytes(folder, monkeypatch):
     want = json.dumps(run(folder, 'one go'))
     calls, label = [], module._label
