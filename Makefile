@@ -18,7 +18,7 @@ repro: $(VENV)/installed
 test: $(VENV)/installed
 	dvc pull -q data.dvc pretrain
 	OMP_NUM_THREADS=1 nbdev_test --n_workers 2
-	OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile --durations 10 tests
+	OMP_NUM_THREADS=1 python -m pytest -q --instafail -n 2 --dist loadfile --durations 10 tests
 
 lab: $(VENV)/installed
 	jupyter lab --notebook-dir=nbs
