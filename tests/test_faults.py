@@ -14,13 +14,14 @@
 
 *Survived*: run again (or let alone), it ends with the bytes of an undisturbed run. *Refused*: one sentence that names the file, nothing half-written; *resumed*: the next run goes on and ends with those bytes.
 """
-import errno, multiprocessing, os, resource, shutil, signal, sys, tempfile, time
+import errno, multiprocessing, os, resource, shutil, signal, sys, tempfile, threading, time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from u2seg.cli import main
 from u2seg.images import encode_rle, instances_json, read_image, write_json, write_png
@@ -84,10 +85,14 @@ def tell(log, e):
     except OSError: pass                                                     # the log is on the full disk, too
     return 1
 
+def end(p):
+    p.join(60)
+    if p.is_alive(): p.kill(); p.join(); pytest.fail('the job did not end within a minute')
+
 def run(job, given, out, *, before=lambda: None, wait=True):
     "The job in a process of its own; its fate and what it said."
     def child():
-        os.setpgid(0, 0)
+        os.setpgid(0, 0); tqdm.set_lock(threading.RLock())                  # tqdm's own lock is shared with the parent, and a child that is killed would keep it for ever
         sys.stdout = sys.stderr = log = open(f'{out}.log', 'w', buffering=1)
         torch.set_num_threads(1)
         try: before(); JOBS[job](given, out); code = 0
@@ -95,7 +100,7 @@ def run(job, given, out, *, before=lambda: None, wait=True):
         os._exit(code)
     p = fork.Process(target=child); p.start()
     if not wait: return p
-    p.join(60)
+    end(p)
     return p.exitcode, Path(f'{out}.log').read_text()
 
 
@@ -127,7 +132,7 @@ def ends_well(job, given, out, right):
 def test_signals(given, out, right, job, number):
     rng = np.random.default_rng(0)
     for _ in range(3):
-        p = run(job, given, out, wait=False); time.sleep(rng.uniform(.01, .12)); os.kill(p.pid, number); p.join(60)
+        p = run(job, given, out, wait=False); time.sleep(rng.uniform(.01, .12)); os.kill(p.pid, number); end(p)
     for part in out.rglob('.*.part'): part.unlink()                          # a kill in the middle of a write leaves its part, which nobody reads
     ends_well(job, given, out, right)
 
@@ -213,7 +218,7 @@ def test_half_written_cache(given, out, right, job):
 @every
 def test_two_runs_at_once(given, out, right, job):
     ps = [run(job, given, out, wait=False) for _ in range(2)]
-    for p in ps: p.join(60)
+    for p in ps: end(p)
     assert [p.exitcode for p in ps] == [0, 0], Path(f'{out}.log').read_text()
     assert files(out) == right[job]
 
