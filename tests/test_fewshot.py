@@ -8,9 +8,10 @@ import torch
 
 from u2seg import fewshot
 from u2seg.evaluate import read_truth, score
-from u2seg.fewshot import LabelledPictures, few_shot, nested_subsets, records, run_all
+from u2seg.fewshot import LabelledPictures, few_shot, nested_subsets, records
 from u2seg.images import encode_rle, ids_to_rgb, read_json, write_json, write_png
 from u2seg.model import build_model, save_weights
+from u2seg.stage import run_all
 
 CATEGORIES = [dict(id=3, name='a', isthing=1), dict(id=7, name='b', isthing=1), dict(id=9, name='sky', isthing=0), dict(id=4, name='grass', isthing=0)]
 CONFIG = dict(depth=18, width=8, n_blocks=[1, 1, 1, 1], stem_pool=True, norm='BN', fpn_norm='BN', fpn_channels=16, anchor_sizes=[8, 16, 24, 32, 48], rpn_batch=16, rpn_pre_train=40,

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['annotation_file', 'Truth', 'read_truth', 'check_runs', 'things_only', 'Painted', 'truth_map', 'boxed', 'merged',
            'Packed', 'Opened', 'count_votes', 'choose', 'score_agnostic', 'semantic_map', 'score', 'fine_maps',
-           'semantic27', 'model_records', 'baseline_rows', 'baselines', 'judge', 'class_pq', 'sensitivity',
+           'semantic27', 'model_records', 'baseline_rows', 'baselines', 'all_rows', 'judge', 'class_pq', 'sensitivity',
            'save_names', 'unnamed', 'readable', 'seen', 'image_pq']
 
 # %% ../nbs/72_evaluate.ipynb #imports
 import os, zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from .maskcut import label_images
 from .matching import METHODS, file_hash, instance_votes, map_instances, match_clusters, pixel_votes, save_mapping, semantic_votes
 from .metrics import confusion_matrix, instance_ap, instances_from_panoptic, panoptic_quality, remap, semantic_from_panoptic, semantic_scores
 from .panoptic import merge
+from .stage import run_all
 from .train import predict
 
 # %% ../nbs/72_evaluate.ipynb #read_truth
@@ -348,7 +350,7 @@ def baselines(root:str|Path, images:list[dict], # {id, file_name}, file names re
               )->dict[str, dict]:               # row -> image id -> record
     "Predict with everything that U2Seg is made of."
     folder = Path(folder)
-    masks, _ = label_images(images, vit, root=root, folder=folder/'maskcut', batch_size=batch_size, **maskcut)
+    masks, _ = label_images(images, vit, root=root, folder=folder/'maskcut', batch_size=batch_size, desc='', **maskcut)
     found = _area([d for r in model_records(detector, root, images, batch_size=batch_size).values() for d in r['instances']])
     masks, found = (label_file(clusters, embedder, dict(images=images, annotations=a), root, folder=folder/kind)['annotations'] for kind, a in (('masks', masks['annotations']), ('detections', found)))
     maps = Packed()
@@ -356,6 +358,27 @@ def baselines(root:str|Path, images:list[dict], # {id, file_name}, file names re
         part = images[i:i + batch_size]
         for im, m in zip(part, stuff([read_image(Path(root)/im['file_name']) for im in part])): maps[im['id']] = m
     return baseline_rows(masks, found, maps, n_clusters=len(clusters.centroids), max_cover=max_cover, combine_score=combine_score)
+
+# %% ../nbs/72_evaluate.ipynb #all_rows
+def all_rows(root:str|Path, shares:dict[str, list[dict]], # share -> images {id, file_name}, file names relative to `root`
+             *, model:torch.nn.Module, # the universal one
+             folder:str|Path,          # scratch
+             batch_size:int,           # images a pass
+             n_procs:int,              # processes of one thread each, on a CPU
+             block:int=50,             # images that one process takes at a time
+             **parts,                  # what `baselines` needs besides
+             )->dict[str, dict]:       # share -> row -> image id -> record
+    "Predict every row of every share."
+    where = [(share, i) for share, images in shares.items() for i in range(0, len(images), block)]
+    jobs = [partial(_rows, root, shares[s][i:i + block], model, Path(folder)/s/str(i), batch_size, parts) for s, i in where]
+    found = run_all(jobs, n_procs=1 if next(model.parameters()).is_cuda else n_procs, desc='predicting') if jobs else []
+    out = {share: {} for share in shares}
+    for (share, _), rows in zip(where, found):
+        for row, records in rows.items(): out[share].setdefault(row, {}).update(records)
+    return out
+
+def _rows(root, images, model, folder, batch_size, parts):
+    return baselines(root, images, folder=folder, batch_size=batch_size, **parts) | {'U2Seg': model_records(model, root, images, batch_size=batch_size)}
 
 # %% ../nbs/72_evaluate.ipynb #judge
 def judge(rows:dict[str, dict],     # share -> row -> records

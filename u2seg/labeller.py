@@ -280,4 +280,4 @@ def segmenter(path:str|Path, # written by `save_labeller`, settings with `featur
               )->Callable:   # list of uint8 [H, W, 3] -> list of uint8 [H, W]
     "The stage's way from images to stuff maps, rebuilt from its file."
     labeller, s = load_labeller(path, next(vit.parameters()).device)
-    return lambda images: segment(labeller, extractor(vit, s['feature']), images, size=s['size'], patch_size=vit.patch_size, alpha=s['alpha'], flip=s['flip'], crf=s['crf'])
+    return partial(segment, labeller, extractor(vit, s['feature']), size=s['size'], patch_size=vit.patch_size, alpha=s['alpha'], flip=s['flip'], crf=s['crf'])

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['stage_notebook', 'stages', 'declared', 'stage_values', 'run_check', 'load_params', 'check_stages', 'tidy',
-           'run_stage', 'publish', 'sharded', 'in_processes']
+           'run_stage', 'publish', 'sharded', 'in_processes', 'run_all']
 
 # %% ../nbs/03_stage.ipynb #imports
 import ast, hashlib, json, os, shutil, sys, tempfile, time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import nbformat, yaml
@@ -211,3 +212,19 @@ def _one_process(i, n, share, desc):
     rank, world = _worker()
     os.environ.update(RANK=str(rank*n + i), WORLD_SIZE=str(world*n))
     share(desc if i == 0 else '')
+
+# %% ../nbs/03_stage.ipynb #run_all
+def run_all(jobs:list[Callable], # picklable
+            *, n_procs:int,      # processes of one thread each; 1: one after the other, here
+            desc:str='runs')->list: # what each returns
+    "Run independent jobs, in processes of their own."
+    if n_procs < 1: raise ValueError(f'n_procs must be at least 1, got {n_procs}')
+    if n_procs == 1: return [job() for job in tqdm(jobs, desc=desc)]
+    with ProcessPoolExecutor(min(n_procs, len(jobs)), mp_context=get_context('spawn'), initializer=_one_thread) as pool:
+        waiting = [pool.submit(job) for job in jobs]
+        try: return [w.result() for w in tqdm(waiting, desc=desc)]
+        except BaseException: pool.shutdown(wait=False, cancel_futures=True); raise
+
+def _one_thread():
+    import torch
+    torch.set_num_threads(1)
