@@ -85,15 +85,15 @@ class SyncBatchNorm(nn.SyncBatchNorm):
             x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self._factor(), self.eps)
         if x.is_cuda: return super().forward(x)
         from torch.distributed.nn.functional import all_reduce     # differentiable
-        n = x.numel() / x.shape[1]
-        s = all_reduce(torch.cat([x.sum((0, 2, 3)), (x * x).sum((0, 2, 3)), x.new_tensor([n])]))
+        y = x.float()                                               # sums of bfloat16 would lose the variance
+        s = all_reduce(torch.cat([y.sum((0, 2, 3)), (y * y).sum((0, 2, 3)), y.new_tensor([y.numel() / y.shape[1]])]))
         n, (mean, square) = s[-1].item(), (s[:-1] / s[-1]).chunk(2)
         var = square - mean * mean
         with torch.no_grad():
             f = self._factor()
             self.running_mean.lerp_(mean.detach(), f); self.running_var.lerp_(var.detach() * n / max(n - 1, 1), f)
         scale = self.weight * (var + self.eps).rsqrt()
-        return x * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]
+        return (y * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]).to(x.dtype)
 
     def _factor(self):
         if not self.training: return 0.
