@@ -191,6 +191,12 @@ def test_two_processes_give_the_networks_losses_of_one(squares, tmp_path):
     assert all(torch.equal(kept[k], v) for k, v in nets[1].state_dict().items())
 
 
+def test_two_processes_in_bfloat16(squares, tmp_path):
+    recipe = {**RECIPE, 'log_every': 1, 'n_iters': 1, 'lr': 1e-3, 'amp': 'bf16'}
+    one, two = (launch(functools.partial(fit, network(), Batches(squares, **SQUARE), folder=tmp_path/str(n), **recipe), n)[0] for n in (1, 2))
+    for k in ('loss_rpn_cls', 'loss_rpn_loc', 'loss_sem_seg'): assert abs(one[k] - two[k]) < 2e-3 * one[k], (k, one[k], two[k])   # of the others, rounding chooses the regions
+
+
 def test_the_network_killed_at_ten_random_steps(squares, tmp_path):
     recipe = {**RECIPE, 'n_iters': 24, 'checkpoint_every': 2, 'lr': 1e-3, 'optimizer': 'adamw', 'ema': .9}
     whole = network(); fit(whole, Batches(squares, **{**SQUARE, 'batch_size': 2}), folder=tmp_path/'whole', **recipe)
