@@ -87,13 +87,13 @@ PAPER = dict(       # title, protocol, {column: score}, [(set, method, *numbers)
                ('COCO', 'U2Seg (COCO, 300)', 15.3, 14.2, 21.6, 66.5, 19.1), ('COCO', 'U2Seg (COCO, 800)', 15.5, 14.6, 20.5, 69.7, 19.1), ('COCO', 'U2Seg (both, 300)', 15.5, 14.4, 21.2, 67.1, 19.2),
                ('COCO', 'U2Seg (both, 800)', 16.1, 15.1, 21.2, 71.1, 19.9), ('Cityscapes', 'CutLER+STEGO', 12.4, None, None, 36.1, 15.2), ('Cityscapes', 'U2Seg (ImageNet, 800: zero-shot)', 15.7, 4.3, 24.0, 46.6, 19.8),
                ('Cityscapes', 'U2Seg (COCO, 300)', 18.4, 7.8, 26.1, 47.4, 22.6), ('Cityscapes', 'U2Seg (both, 800)', 17.6, 8.4, 24.2, 52.7, 21.7)], ['MaskCut + clusters', 'CutLER+STEGO', 'U2Seg']),
-    clusters=('The number of clusters (Tables 7, A2, A3)', 'As Tables 2-4; thresholds tuned for each row. Scores of a vote rise with the number by construction. Ours: `u2seg sweep clusters`, in `nbs/92_ablations.ipynb`.', _BOX,
+    clusters=('The number of clusters (Tables 7, A2, A3)', 'As Tables 2-4; thresholds tuned for each row. Scores of a vote rise with the number by construction. Ours: `u2seg sweep clusters`, in `nbs/83_ablations.ipynb`.', _BOX,
               [('COCO', '300', 5.7, 9.3, 5.9, 20.1), ('COCO', '800', 7.3, 11.8, 7.5, 21.5), ('COCO', '2911', 8.2, 13.3, 8.4, 22.1), ('VOC', '300', 18.4, 29.6, 18.8, 42.8), ('VOC', '800', 19.0, 31.0, 19.5, 48.1),
                ('VOC', '2911', 19.2, 31.6, 19.7, 48.3), ('UVO', '300', 6.5, 9.8, 6.5, 22.6), ('UVO', '800', 6.8, 10.8, 7.2, 25.0), ('UVO', '2911', 9.7, 15.1, 9.3, 25.8)], []),
     thresholds=('Thresholds of the vote (Table 8)', 'Detections from the score on vote for objects that they overlap by more than the IoU; 800 clusters on COCO, fitted on the evaluated images, here too.', {'box AP50': 'box_AP50', 'box AR100': 'box_AR100'},
                 [('COCO', f'IoU {i}, score {c}', a, b) for i, c, a, b in ((.6, .9, 10.9, 13.1), (.6, .7, 11.6, 18.0), (.6, .6, 11.8, 19.7), (.6, .4, 11.8, 21.5), (.6, .2, 11.3, 21.8), (.6, .0, 8.6, 18.4),
                  (.9, .4, 10.8, 19.7), (.8, .4, 11.4, 20.7), (.4, .4, 11.5, 21.6), (.2, .4, 11.5, 21.1), (.0, .4, 9.2, 17.7))], []),
-    universal=('The universal model beside the instance-only one (Table A5)', 'COCO, as Table 2: the 11.8 of Table 2 is not the universal model. Ours: `u2seg sweep universal`, in `nbs/92_ablations.ipynb`.', {'box AP50': 'box_AP50', 'mask AP50': 'mask_AP50'},
+    universal=('The universal model beside the instance-only one (Table A5)', 'COCO, as Table 2: the 11.8 of Table 2 is not the universal model. Ours: `u2seg sweep universal`, in `nbs/83_ablations.ipynb`.', {'box AP50': 'box_AP50', 'mask AP50': 'mask_AP50'},
                [('COCO', 'CutLER+', 9.0, 8.6), ('COCO', 'U2Seg, universal', 9.8, 9.0), ('COCO', 'U2Seg, instances only', 11.8, 11.2)], ['CutLER+', 'U2Seg']))
 
 # %% ../nbs/98_report.ipynb #paper_tables
