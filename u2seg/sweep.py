@@ -118,13 +118,13 @@ def mean_and_spread(rows:list[dict], key:str)->tuple[float, float, int]|None: # 
     v = [float(np.mean(x)) for x in by_seed.values()]
     return (float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else 0., len(v)) if v else None
 
-def summary(rows:list[dict], keys:list[str], **want)->str: # Markdown; `want`: share, row, fitted_on, method
-    "A line for each setting: mean and standard deviation over the seeds, in percent."
+def summary(rows:list[dict], keys:list[str], *, by:str='setting', **want)->str: # Markdown; `want`: share, row, fitted_on, method
+    "A line for each setting, or each value of another column: mean and standard deviation over the seeds, in percent."
     rows = _chosen(rows, **want)
     def cell(found): return '' if found is None else f'{100 * found[0]:.1f}' + (f' ± {100 * found[1]:.1f}' if found[2] > 1 else '')
     lines = [['', *keys], [':--'] + ['--:'] * len(keys)]
-    for s in dict.fromkeys(r['setting'] for r in rows):
-        cells = [mean_and_spread(_chosen(rows, setting=s), k) for k in keys]
+    for s in dict.fromkeys(r[by] for r in rows):
+        cells = [mean_and_spread(_chosen(rows, **{by: s}), k) for k in keys]
         lines.append([s, *map(cell, cells)])
     return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
 
@@ -184,6 +184,8 @@ def ablation(name:str, keys:list[str], # scores
     for words, fit, method, shown in (('clusters named on training images', 'train', 'vote', names), ("named on the evaluated images, the paper's protocol", 'val', 'vote', ['U2Seg']),
                                       ('one cluster, one class, on training images', 'train', 'hungarian', ['U2Seg'])):
         parts += [f'**{row}**, {words}\n\n{summary(rows, keys, row=row, fitted_on=fit, method=method)}' for row in shown if _chosen(rows, row=row, fitted_on=fit, method=method)]
+    for percent in dict.fromkeys(r['fitted_on'] for r in rows if r['method'] == 'labels'):
+        parts += [f"**{percent} of the labels**, by first weights\n\n{summary(rows, keys, by='row', fitted_on=percent, method='labels')}"]
     return '\n\n'.join(parts), rows
 
 # %% ../nbs/82_sweep.ipynb #clone
