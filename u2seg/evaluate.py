@@ -365,8 +365,8 @@ def all_rows(root:str|Path, shares:dict[str, list[dict]], # share -> images {id,
              folder:str|Path,          # scratch
              batch_size:int,           # images a pass
              n_procs:int,              # processes of one thread each, on a CPU
+             parts:dict|None,          # what `baselines` needs besides; None: the model's row alone
              block:int=50,             # images that one process takes at a time
-             **parts,                  # what `baselines` needs besides
              )->dict[str, dict]:       # share -> row -> image id -> record
     "Predict every row of every share."
     where = [(share, i) for share, images in shares.items() for i in range(0, len(images), block)]
@@ -378,7 +378,8 @@ def all_rows(root:str|Path, shares:dict[str, list[dict]], # share -> images {id,
     return out
 
 def _rows(root, images, model, folder, batch_size, parts):
-    return baselines(root, images, folder=folder, batch_size=batch_size, **parts) | {'U2Seg': model_records(model, root, images, batch_size=batch_size)}
+    given = baselines(root, images, folder=folder, batch_size=batch_size, **parts) if parts else {}
+    return given | {'U2Seg': model_records(model, root, images, batch_size=batch_size)}
 
 # %% ../nbs/72_evaluate.ipynb #judge
 def judge(rows:dict[str, dict],     # share -> row -> records
