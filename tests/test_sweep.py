@@ -66,6 +66,7 @@ def toy(tmp_path):
 
 def test_a_sweep_runs_beside_the_workspace(toy, capsys):
     (toy/'params.yaml').write_text((toy/'params.yaml').read_text() + '# my own remark, not committed\n')
+    sh('dvc', 'cache', 'dir', '--local', '../cache', cwd=toy)                                   # a cache that others share
     before = sh('git', 'status', '--short', cwd=toy), (toy/'params.yaml').read_text(), sh('git', 'stash', 'list', cwd=toy)
     failed = S.run_sweep('gains', root=toy, seeds=[0, 1], n_jobs=2)
     assert len(failed) == 2 and all('gains-fails-s' in f and Path(f.split('see ')[1]).read_text() for f in failed)
@@ -76,6 +77,7 @@ def test_a_sweep_runs_beside_the_workspace(toy, capsys):
     trained = (toy.parent/'count').stat().st_size
     assert trained <= 4                                          # two seeds; two workers may train the same one at the same time
     assert S.run_sweep('gains', root=toy, seeds=[0, 1], n_jobs=1) and (toy.parent/'count').stat().st_size == trained      # the second time from the cache
+    assert (toy.parent/'cache'/'files').is_dir() and not (toy/'.dvc'/'cache'/'files').exists()
     assert S.read_rows(toy/'ablations'/'gains.csv') == rows
 
 

@@ -201,7 +201,8 @@ def make_clone(root:Path, folder:Path):
         _git(folder, 'config', key, own or other)
     diff = _git(root, 'diff', '--binary', 'HEAD')
     if diff.strip(): _git(folder, 'apply', input=diff)
-    (folder/'.dvc'/'config.local').write_text(f"[cache]\n    dir = {(root/'.dvc'/'cache').resolve()}\n")
+    cache = subprocess.run(['dvc', 'cache', 'dir'], cwd=root, check=True, capture_output=True, text=True, env=_environment(folder)).stdout.strip()
+    (folder/'.dvc'/'config.local').write_text(f'[cache]\n    dir = {(root/cache).resolve()}\n')
     subprocess.run(['dvc', 'checkout', '-q', '--allow-missing'], cwd=folder, capture_output=True, env=_environment(folder))
     data = load_params(root)['data']['root']
     if not (folder/data).exists() and (root/data).exists(): (folder/data).symlink_to((root/data).resolve())
