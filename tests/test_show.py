@@ -91,3 +91,11 @@ def test_save_figure_takes_any_figure(tmp_path):
     fig.add_subplot().plot([0, 1], [1, 0])
     save_figure(fig, tmp_path/'deep'/'line.png')
     assert Image.open(tmp_path/'deep'/'line.png').size == (300, 200)
+
+
+def test_large_pictures_shrink_and_their_titles_do_not():
+    fig = grid([np.zeros((480, 640, 3), np.uint8)]*16, n_columns=8, titles=['a']*16)
+    width, height = fig.get_size_inches()*fig.dpi
+    assert 400_000 < width*height < 550_000 and width/height > 2                              # the pictures, titles and gaps beside them
+    assert grid([np.zeros((30, 40, 3), np.uint8)]*2, n_columns=2).get_size_inches().tolist() == [.84, .3]   # small ones stay as they are
+    assert {a.title.get_fontsize() for a in fig.axes} == {8.}

@@ -25,6 +25,15 @@ def test_committed_sweeps_pass_the_stages_checks(name):
     assert sweep['rows'] == 'all' or set(sweep['rows']) <= {'MaskCut + clusters', 'CutLER+', 'STEGO', 'CutLER+STEGO', 'U2Seg'}
 
 
+@pytest.mark.parametrize('stage', ['cutler', 'train', 'fewshot'])
+def test_plain_paste_of_more_than_the_picture_is_refused(stage):
+    for scale, fits in (([.5, 1.], True), ([.5, 1.2], False), ([.8, .5], False), ([.5], False)):
+        todo = [dict(name='x', set={f'{stage}.paste': 'plain', f'{stage}.paste_scale': scale}, targets=['evaluate'])]
+        if fits: S.check_experiments(todo, root)
+        else:
+            with pytest.raises(ValueError, match='paste_scale'): S.check_experiments(todo, root)
+
+
 def test_every_ablation_of_the_paper_is_there():
     assert set(NAMES) == {'seeds', 'clusters', 'tau_and_n', 'crf', 'copy_paste', 'droploss', 'rounds', 'stuff_labeller', 'backbone', 'universal'}
 

@@ -122,7 +122,7 @@ def run_stage(stage:str, root:str|Path='.'):
     kept = scratch/(f'run_{rank}.ipynb' if world > 1 else 'run.ipynb')
     with tempfile.TemporaryDirectory() as sockets:                       # of the kernel's own, so that two runs never meet
         try: papermill.execute_notebook(str(source), str(kept), values | {'root': '.'}, cwd=str(root), kernel_name='python3', language='python',
-                                        progress_bar=False, stderr_file=sys.stderr, config=Config(KernelManager=dict(transport='ipc', ip=f'{sockets}/kernel')))
+                                        progress_bar=False, stderr_file=sys.stderr, config=Config(KernelManager=dict(transport='ipc', ip=f'{sockets}/kernel'), NotebookClient=dict(extra_arguments=['--log-level=50'])))
         except papermill.PapermillExecutionError as e:
             raise SystemExit(f'stage {stage}: {e.ename}: {e.evalue}\n(cell by cell in {kept})') from None
     if rank == 0: write_atomic(out/'run.ipynb', nbformat.writes(tidy(nbformat.read(kept, 4))).encode())
