@@ -158,6 +158,7 @@ def claims(metrics:dict, fewshot:list[dict]=())->list[dict]: # {claim, verdict, 
 # %% ../nbs/98_report.ipynb #report
 def report(metrics:dict,         # of the stage evaluate
            fewshot:list[dict]=(), # of the stage fewshot
+           over_seeds:str='',    # of `sweep.over_seeds`
            )->str:               # Markdown
     "The whole of `out/report/results.md`."
     parts = ['# Results', 'Percent. *ca*: class-agnostic. A cell with two numbers reads *mapping of clusters to classes fitted on '
@@ -167,6 +168,8 @@ def report(metrics:dict,         # of the stage evaluate
     if not metrics['shares']: parts[1:] = ['No ground truth was given, so nothing is scored. `out/evaluate/pictures.png` and the figures beside it show what the model sees; `u2seg predict` writes it for any picture.']
     judged = claims(metrics, fewshot)
     if judged: parts += ['## The claims', _markdown(['claim', 'here', 'figures'], [[c['claim'], c['verdict'], c['figures']] for c in judged])]
+    if over_seeds:
+        parts += ['## The claims over the seeds', 'Differences in points of percent, clusters named on training images. *Shows*: the difference has the claimed sign with every seed. What the seeds disagree on is discussed in `nbs/83_ablations.ipynb`.', over_seeds]
     if metrics['shares']: parts += ['## One cluster, one class', 'The same with a one-to-one assignment (Hungarian): it does not rise with the number of clusters by construction.']
     for share, rows in metrics['shares'].items(): parts += [f'### {share}', results_table(rows, method='hungarian', columns={k: v for k, v in COLUMNS.items() if not k.startswith('agnostic')})]
     return '\n\n'.join(parts + ["## The paper's tables, ours beside", 'The paper\'s numbers are those of its own sets; ours (**here**) are of the shares above. Two numbers in a cell: as above.', paper_tables(metrics, fewshot)])

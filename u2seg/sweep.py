@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KEYS', 'HEAD', 'SCORES', 'read_sweep', 'experiments', 'command', 'changed', 'check_experiments', 'score_rows',
-           'write_rows', 'read_rows', 'mean_and_spread', 'summary', 'margin', 'figure', 'margins_table', 'ablation',
-           'make_clone', 'run_experiment', 'run_sweep']
+           'write_rows', 'read_rows', 'mean_and_spread', 'summary', 'margin', 'figure', 'margins_table', 'over_seeds',
+           'ablation', 'make_clone', 'run_experiment', 'run_sweep']
 
 # %% ../nbs/82_sweep.ipynb #imports
 import csv, io, json, os, shutil, subprocess, sys
@@ -170,6 +170,18 @@ def margins_table(rows:list[dict],
                 m = margin(rows, *(dict(row=x, fitted_on=percent, method='labels') for x in (a, b)), k)
                 if m: lines.append([f'{a} is a better start than {b}', f'{percent} of the labels', k, *map(_signed, (m['mean'], m['least'], m['most'])), f"{m['verdict']} ({m['n']})"])
     return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
+
+# %% ../nbs/82_sweep.ipynb #over_seeds
+def over_seeds(metrics:dict,       # of the stage evaluate
+               rows:list[dict],    # of ablations/seeds.csv
+               claims:list[tuple], # of `margins_table`
+               )->str:             # Markdown
+    "The claims over the seeds of a sweep; empty unless one of its seeds is the run of `metrics`."
+    def is_run(seed):
+        own = _chosen(rows, seed=seed, row='U2Seg', method='vote')
+        scores = [metrics['shares'].get(r['share'], {}).get('U2Seg', {}).get(r['fitted_on'], {}).get('vote', {}) for r in own]
+        return bool(own) and all(abs(x.get(k, -1) - r[k]) < 1e-6 for r, x in zip(own, scores) for k in ('mask_AP50', 'PQ') if k in r)
+    return margins_table(rows, claims) if any(is_run(s) for s in {r['seed'] for r in rows}) else ''
 
 # %% ../nbs/82_sweep.ipynb #ablation
 def ablation(name:str, keys:list[str], # scores
