@@ -1,5 +1,5 @@
 "Prediction in users' hands: forms of input, files written, resume, faults."
-import json
+import json, shutil
 
 import numpy as np
 import pytest
@@ -73,7 +73,7 @@ def test_instance_only_model_has_a_panoptic_map(tmp_path):
 def test_from_pretrained_and_its_refusals(weights, tmp_path):
     state = U2Seg.from_pretrained(weights/'model.safetensors', device='cpu').model.state_dict()
     torch.save(dict(model=state), tmp_path/'a.pth')
-    with pytest.raises(ValueError, match='give the configuration'): U2Seg.from_pretrained(tmp_path/'a.pth')
+    with pytest.raises(ValueError, match='model.yaml: not there'): U2Seg.from_pretrained(tmp_path/'a.pth')
     assert same(U2Seg.from_pretrained(tmp_path/'a.pth', config=TINY, device='cpu').predict(picture()), U2Seg.from_pretrained(weights, device='cpu').predict(picture()))
     assert U2Seg.from_pretrained(tmp_path/'a.pth', config=weights/'model.yaml', device='cpu')
     with pytest.raises(ValueError, match='does not fit its configuration'): U2Seg.from_pretrained(tmp_path/'a.pth', config=dict(TINY, n_things=9))
@@ -117,6 +117,18 @@ def test_folder_files_resume_and_faults(weights, tmp_path, monkeypatch):
     predict_folder(tmp_path/'in', weights, out, device='cpu')
     assert calls == [1]                                                    # only the picture whose overlay was deleted is seen again
     assert {f: f.read_bytes() for f in out.rglob('*') if f.is_file() and '.work' not in f.parts} == files
+
+def test_results_of_others_are_not_overwritten(weights, tmp_path):
+    for name in 'ab': write_png(tmp_path/'in'/f'{name}.png', picture(ord(name)))
+    one, out = tmp_path/'in'/'a.png', tmp_path/'out'
+    predict_folder(one, weights, out, device='cpu')
+    first = {f: f.read_bytes() for f in out.rglob('*') if f.is_file()}
+    with pytest.raises(ValueError, match='1 other picture, such as .*a.png'): predict_folder(tmp_path/'in'/'b.png', weights, out, device='cpu')
+    other = build_model(TINY); save_weights(other, tmp_path/'other'/'model.safetensors'); shutil.copy(weights/'model.yaml', tmp_path/'other')
+    with pytest.raises(ValueError, match='another model'): predict_folder(one, tmp_path/'other', out, device='cpu')
+    assert {f: f.read_bytes() for f in out.rglob('*') if f.is_file()} == first
+    assert predict_folder(tmp_path/'in', weights, out, device='cpu')['images'] == 2                     # a folder may grow
+    with pytest.raises(ValueError, match='is a file'): predict_folder(one, weights, one, device='cpu')
 
 def test_memory_runs_out_half_the_batch(weights, monkeypatch):
     model, run, seen = U2Seg.from_pretrained(weights, device='cpu'), U2Seg._batch, []

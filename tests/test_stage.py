@@ -115,6 +115,16 @@ def test_broken_params_file(repo, text, message):
     with pytest.raises(ValueError, match=message): S.check_stages(root)
 
 
+def test_a_folder_of_data_that_is_missing_is_named(repo):
+    root = repo(); (root/'mine'/'a').mkdir(parents=True)
+    data = lambda **d: (root/'params.yaml').write_text((root/'params.yaml').read_text().split('data:')[0] + f'data: {d}\n')
+    data(root='mine', train=['a'], val=[]); S.check_data(root)
+    data(root=str(root/'mine'), train=['a'], val=[]); S.check_data(root)
+    for wrong in (dict(root='mien', train=['a'], val=[]), dict(root='mine', train=['b'], val=[]), dict(root='mine', train=['a'], val=['b'])):
+        data(**wrong)
+        with pytest.raises(ValueError, match='which is no folder'): S.check_data(root)
+
+
 def test_failing_stage_is_one_sentence_and_leaves_no_output(repo):
     root = repo(name='boom')
     with pytest.raises(SystemExit, match='stage one: RuntimeError: it broke'): S.run_stage('one', root)

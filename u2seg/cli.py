@@ -17,8 +17,10 @@ def run(stage:str):
 
 def check():
     "Compare params.yaml with every stage before any work."
-    from u2seg.stage import check_stages
-    print(f'params.yaml fits the {len(check_stages())} stages')
+    from u2seg.stage import check_data, check_stages
+    names = check_stages()
+    check_data()
+    print(f'params.yaml fits the {len(names)} stages')
 
 def publish(stages:list[str]):
     "Copy the outputs of executed stages into nbs/ (all stages if none is named)."
@@ -47,6 +49,7 @@ def predict(images:list[str], weights:str='out/train', out:str='segmented', batc
     "Segment images: an overlay for each, COCO panoptic PNG + JSON, COCO instances."
     from u2seg.predict import predict_folder
     n = predict_folder(images, weights, out, batch_size=batch_size, device=device)
+    if not n['images']: raise ValueError(f"none of {n['skipped']} could be read; why: {out}/skipped.json")
     print(f"{n['images']} {'picture' if n['images'] == 1 else 'pictures'}, {n['instances']} {'object' if n['instances'] == 1 else 'objects'}: {out}/overlay, {out}/panoptic.json, {out}/instances.json" + (f"; {n['skipped']} could not be read: {out}/skipped.json" if n['skipped'] else ''))
 
 # %% ../nbs/95_cli.ipynb #download

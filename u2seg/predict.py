@@ -122,7 +122,7 @@ class U2Seg:
         file = path/'model.safetensors' if path.is_dir() else path
         if not file.is_file(): raise ValueError(f'{file}: no such file of weights; `dvc pull out/train/model.safetensors out/train/model.yaml` fetches the trained one, `dvc repro` makes it')
         beside = file.with_name('model.yaml')
-        if config is None and not beside.is_file(): raise ValueError(f'{beside}: not there; give the configuration as config=')
+        if config is None and not beside.is_file(): raise ValueError(f'{beside}: not there; weights need their model.yaml beside them, or in Python config=')
         config = check_config(config) if isinstance(config, dict) else read_config(config or beside)
         model = build_model(config)
         report = load_weights(model, file)
@@ -196,10 +196,13 @@ def predict_folder(images:str|Path|list, # files, folders, patterns
                    weights:str|Path,     # see `U2Seg.from_pretrained`
                    out:str|Path,         # folder for the results
                    *, batch_size:int|None=None, device:str|None=None, config:dict|str|Path|None=None)->dict: # counts
-    "Overlays, COCO panoptic PNG + JSON and COCO instances of many pictures; resumes where it was stopped."
+    "Overlays, COCO panoptic PNG + JSON and COCO instances of many pictures; resumes where it was stopped. `ValueError` if `out` holds other results."
+    out = Path(out)
+    if out.exists() and not out.is_dir(): raise ValueError(f'{out}: is a file, where the folder of the results is to be')
     root, items = find_images(images, without=out)
-    model, out = U2Seg.from_pretrained(weights, config=config, device=device), Path(out)
+    model = U2Seg.from_pretrained(weights, config=config, device=device)
     key = dict(weights=_digest(model.model), config=model.model.config, names=model.names, root=str(root))
+    _claim(out, key['weights'], [str(root/im['file_name']) for im in items])
     work = partial(_write, model, out, batch_size)
     options = dict(key=key, shard_size=64, batch_size=batch_size or 16)
     load = lambda item: (item, read_image(root/item['file_name']))
@@ -208,6 +211,16 @@ def predict_folder(images:str|Path|list, # files, folders, patterns
         if not all((out/f).is_file() for f in r['files']): work([load(r['item'])])
     _write_lists(out, model, records, skipped)
     return dict(images=len(records), instances=sum(len(r['annotations']) for r in records), skipped=len(skipped))
+
+def _claim(out, weights, pictures):
+    "Note whose results the folder holds; refuse to overwrite others."
+    note = out/'.work'/'of.json'
+    if note.is_file():
+        old = read_json(note)
+        others = sorted(set(old['pictures']) - set(pictures))
+        if old['weights'] != weights: raise ValueError(f'{out}: holds the results of another model; name another folder, or delete this one')
+        if others: raise ValueError(f"{out}: holds the results of {len(others)} other picture{'s' * (len(others) > 1)}, such as {others[0]}; name another folder, or delete this one")
+    write_json(note, dict(weights=weights, pictures=pictures))
 
 def _digest(model):
     h = hashlib.sha256()
