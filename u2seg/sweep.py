@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KEYS', 'HEAD', 'SCORES', 'read_sweep', 'experiments', 'command', 'changed', 'check_experiments', 'score_rows',
            'write_rows', 'read_rows', 'mean_and_spread', 'summary', 'margin', 'figure', 'margins_table', 'over_seeds',
-           'ablation', 'make_clone', 'run_experiment', 'run_sweep']
+           'differences', 'ablation', 'make_clone', 'run_experiment', 'run_sweep']
 
 # %% ../nbs/82_sweep.ipynb #imports
 import csv, io, json, os, shutil, subprocess, sys
@@ -183,6 +183,17 @@ def over_seeds(metrics:dict,       # of the stage evaluate
         return bool(own) and all(abs(x.get(k, -1) - r[k]) < 1e-6 for r, x in zip(own, scores) for k in ('mask_AP50', 'PQ') if k in r)
     return margins_table(rows, claims) if any(is_run(s) for s in {r['seed'] for r in rows}) else ''
 
+# %% ../nbs/82_sweep.ipynb #differences
+def differences(rows:list[dict], keys:list[str], **want)->str: # Markdown; `want`: row, fitted_on, method
+    "A line for each setting but the first: its margins over the first, with their range over the seeds."
+    rows = _chosen(rows, **want)
+    first, *others = dict.fromkeys(r['setting'] for r in rows)
+    lines = [[f'minus *{first}*', *keys], [':--'] + ['--:'] * len(keys)]
+    for s in others:
+        found = [margin(rows, dict(setting=s), dict(setting=first), k) for k in keys]
+        lines.append([s, *('' if m is None else _signed(m['mean']) + (f" ({_signed(m['least'])} to {_signed(m['most'])})" if m['n'] > 1 else '') for m in found)])
+    return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
+
 # %% ../nbs/82_sweep.ipynb #ablation
 def ablation(name:str, keys:list[str], # scores
              *, root:str|Path)->tuple[str, list[dict]]: # Markdown, rows (none if it has not run)
@@ -192,10 +203,13 @@ def ablation(name:str, keys:list[str], # scores
     rows = read_rows(path)
     names = [r for r in dict.fromkeys(r['row'] for r in rows if r['method'] == 'vote')]
     base = ', '.join(f'{p} = {v}' for p, v in sweep['base'].items())
-    parts = [f"{sweep['question']} Percent, mean over the shares, ± standard deviation over {len({r['seed'] for r in rows})} seeds{base and f'; all with {base}'}."]
+    n = len({r['seed'] for r in rows})
+    parts = [f"{sweep['question']} Percent, mean over the shares, {f'± standard deviation over {n} seeds' if n > 1 else 'one seed, so without a spread'}{base and f'; all with {base}'}."]
     for words, fit, method, shown in (('clusters named on training images', 'train', 'vote', names), ("named on the evaluated images, the paper's protocol", 'val', 'vote', ['U2Seg']),
                                       ('one cluster, one class, on training images', 'train', 'hungarian', ['U2Seg'])):
         parts += [f'**{row}**, {words}\n\n{summary(rows, keys, row=row, fitted_on=fit, method=method)}' for row in shown if _chosen(rows, row=row, fitted_on=fit, method=method)]
+    if len({r['setting'] for r in rows}) > 1:
+        parts[1:1] = [f"**{row}**, differences{', their least and most over the seeds' if n > 1 else ''}; clusters named on training images\n\n{differences(rows, keys, row=row, fitted_on='train', method='vote')}" for row in names]
     for percent in dict.fromkeys(r['fitted_on'] for r in rows if r['method'] == 'labels'):
         parts += [f"**{percent} of the labels**, by first weights\n\n{summary(rows, keys, by='row', fitted_on=percent, method='labels')}"]
     return '\n\n'.join(parts), rows
