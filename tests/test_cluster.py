@@ -285,11 +285,20 @@ def test_saved_clusters_assign_the_same(tmp_path, options):
     clusters.save(tmp_path/'out')
     again = Clusters.from_folder(tmp_path/'out')
     assert (again.assign(x) == labels).all() and again.recipe == clusters.recipe
-    out = label_file(again, Pooled(), coco, tmp_path, folder=tmp_path/'new')
+    out, _ = label_file(again, Pooled(), coco, tmp_path, folder=tmp_path/'new')
     assert [a['category_id'] - 1 for a in out['annotations']] == labels.tolist() and [c['id'] for c in out['categories']] == [1, 2, 3, 4]
     image = np.array(Image.open(tmp_path/'001.png'))
     mine = [cluster.decode_rle(a['segmentation']) for a in kept if a['image_id'] == 1]
     assert (again.label(Pooled(), image, np.stack(mine)) == labels[:len(mine)]).all()
+
+
+def test_an_unreadable_picture_is_left_out_and_named(tmp_path):
+    coco = folder_of_pictures(tmp_path)
+    clusters, _ = fit_clusters(blobs()[0][:, :5], how, k=2, l2=False, pca=0, whiten=False, metric='euclidean', n_iter=9, init='random', n_init=1, seed=0)
+    (tmp_path/coco['images'][0]['file_name']).write_bytes(b'')
+    out, skipped = label_file(clusters, Pooled(), coco, tmp_path, folder=tmp_path/'work')
+    bad = coco['images'][0]['id']
+    assert coco['images'][0]['file_name'] in [s['file_name'] for s in skipped] and bad not in {i['id'] for i in out['images']} | {a['image_id'] for a in out['annotations']} and out['annotations']
 
 
 def test_no_instances_at_all(tmp_path):

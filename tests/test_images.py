@@ -123,6 +123,11 @@ def test_write_is_atomic_on_a_full_disk(tmp_path, monkeypatch):
     assert I.read_json(tmp_path/'a.json') == [1] and [p.name for p in tmp_path.iterdir()] == ['a.json']
 
 
+def test_writers_of_one_file_never_meet(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, 'getpid', lambda: 77)                        # two machines may have a process of one number
+    assert len({I.part_of(tmp_path/'a.json') for _ in range(50)}) == 50 and I.part_of(tmp_path/'a.json').parent == tmp_path
+
+
 def test_listing_is_sorted_nested_and_stable(tmp_path):
     for name in ('b/2.png', 'b/10.JPG', 'a/x/1.webp', 'b/2.txt'):
         (tmp_path/name).parent.mkdir(parents=True, exist_ok=True)

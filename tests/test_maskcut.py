@@ -285,6 +285,12 @@ def test_digest_sees_every_weight():
     with torch.no_grad(): model[1].bias[2] += 1
     assert weights_digest(model) != before and len(before) == 16
 
+def test_digest_sees_how_positions_are_interpolated():
+    from u2seg.features import ViTFeatures
+    timm, dino = (ViTFeatures(dict(img_size=32, patch_size=8, embed_dim=12, depth=1, num_heads=2), interpolation=i) for i in ('timm', 'dino'))
+    dino.load_state_dict(timm.state_dict())
+    assert weights_digest(timm) != weights_digest(dino)
+
 def test_the_stage_cannot_see_ground_truth():
     notebook = Path(__file__).parents[1]/'nbs'/'23_run_maskcut.ipynb'
     code = ''.join(''.join(c['source']) for c in json.loads(notebook.read_text())['cells'] if c['cell_type'] == 'code')

@@ -124,6 +124,13 @@ def test_the_threshold_itself_is_kept():
     assert stuff(7) == [1, 2] and stuff(8) == [1]                                # r = .7 is not > .7
 
 
+@pytest.mark.parametrize('pixels', [10, 90, 170, 1000])
+def test_the_threshold_is_the_releases_division(pixels):
+    covered = pixels * 7 // 10                                                   # 63/90 > .7 is False, 63 > .7*90 is not
+    mask = np.arange(pixels) < covered
+    assert [s['area'] for s in merge([dict(category_id=1, segmentation=rle(mask[None]))], np.zeros((1, pixels), np.uint8), n_clusters=1)[1]] == [covered, pixels - covered]
+
+
 def test_box_of_the_annotation_decides_the_order():
     full, small = np.ones((2, 2)), np.array([[1, 0], [0, 0]])
     a, b = dict(category_id=1, segmentation=rle(full), bbox=[0, 0, 1, 1]), dict(category_id=2, segmentation=rle(small), bbox=[0, 0, 9, 9])

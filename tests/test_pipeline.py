@@ -67,6 +67,25 @@ def test_deleting_the_results_and_running_again_gives_the_same_bytes(clone):
     assert [str(p.relative_to(clone)) for p in kept if p.read_bytes() != kept[p]] == []
 
 
+def results(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file() and p.name != 'run.ipynb'}
+
+
+def test_two_workers_write_what_one_does(clone):
+    "Whole stages as torchrun starts them: one labeller and one clustering for all, files that everyone collects."
+    env = os.environ | {'PATH': f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", 'PYTHONPATH': str(clone), 'OMP_NUM_THREADS': '1'}
+    for stage in ('cluster', 'stego', 'panoptic'):
+        right = results(clone/'out'/stage)
+        shutil.rmtree(clone/'out'/stage); shutil.rmtree(clone/'out'/'.work'/stage, ignore_errors=True)
+        workers = [subprocess.Popen(['u2seg', 'run', stage], cwd=clone, env=env | dict(RANK=str(r), WORLD_SIZE='2'), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for r in range(2)]
+        try: said = [w.communicate(timeout=300)[0] for w in workers]
+        finally: [w.kill() for w in workers if w.poll() is None]
+        assert [w.returncode for w in workers] == [0, 0], ''.join(t[-3000:] for t in said)
+        if stage in ('cluster', 'stego'): assert len(list((clone/'out'/'.work'/stage).glob('once_*'))) == 1
+        again = results(clone/'out'/stage)
+        assert again.keys() == right.keys() and [n for n in right if again[n] != right[n]] == []
+        run(clone, 'dvc', 'commit', '-q', '-f', stage)
+
+
 def test_a_changed_knob_reruns_its_stage_and_what_follows(clone):
     change(clone, dict(cluster=dict(k=small['cluster']['k'] - 1)))
     assert ran(run(clone, 'dvc', 'repro', 'panoptic')) == ['cluster', 'panoptic']

@@ -195,6 +195,15 @@ def test_other_settings_start_anew_and_seeds_matter(features, tmp_path):
     assert not torch.equal(a.clusters, b.clusters) and torch.equal(b.clusters, c.clusters)
 
 
+def test_other_neighbours_start_anew(features, tmp_path, monkeypatch):
+    x, near = features
+    steps, step = [], stego._train_step
+    monkeypatch.setattr(stego, '_train_step', lambda i, *a: (steps.append(i), step(i, *a))[1])
+    knobs = FIT | dict(n_steps=4)
+    for n in (near, near, near.flip(0)): fit_stego(x, n, folder=tmp_path, **knobs)
+    assert steps == [0, 1, 2, 3] * 2
+
+
 def test_training_does_not_touch_the_global_generator(features, tmp_path):
     torch.manual_seed(3); want = torch.rand(2); torch.manual_seed(3)
     fit_stego(*features, folder=tmp_path, **FIT)
@@ -328,6 +337,52 @@ def test_processes_write_the_same_maps(pictures):
         made.append((records, skipped, {p.name: p.read_bytes() for p in (root/f'maps{n}').iterdir()}))
     assert made[0] == made[1] and [s['file_name'] for s in skipped] == ['4.png'] and len(records) == 5
     with pytest.raises(ValueError, match='1 or more, got 0'): write_semantic(lab, extract, root, files, root/'maps0', work_folder=root/'work0', n_procs=0, **ARGS)
+
+
+def test_another_backbone_is_asked_again(pictures, labeller, monkeypatch):
+    root, files = pictures; run = lambda name: write_semantic(labeller, extract, root, files, root/'semantic', work_folder=root/'work', key=dict(weights=name), **ARGS)
+    run('one')
+    monkeypatch.setattr(labelling, 'segment', lambda *a, **k: 1 / 0)
+    run('one')
+    with pytest.raises(ZeroDivisionError): run('two')
+
+
+@pytest.mark.parametrize('interpolation', ['timm', 'dino'])
+def test_a_blocks_tokens_go_no_further_than_the_block(interpolation):
+    from u2seg.features import ViTFeatures
+    torch.manual_seed(0); vit = ViTFeatures(dict(img_size=32, patch_size=8, embed_dim=12, depth=3, num_heads=2), interpolation=interpolation)
+    torch.nn.init.normal_(vit.vit.pos_embed)
+    x, ran = torch.randn(2, 3, 40, 56, generator=G(1)), []
+    for b in vit.vit.blocks: b.register_forward_hook(lambda m, i, o: ran.append(o))
+    vit.patches(x); want, ran[:] = [o[:, 1:].transpose(1, 2).reshape(2, 12, 5, 7) for o in ran], []
+    for i in range(3):
+        assert torch.equal(extractor(vit, f'block{i}')(x), want[i]) and len(ran) == i + 1
+        ran.clear()
+
+
+def test_blocks_of_a_rotary_vit():
+    from u2seg.features import ViTFeatures
+    torch.manual_seed(0); vit = ViTFeatures('vit_tiny_patch16_dinov3_qkvb'); x = torch.randn(1, 3, 32, 48)
+    last = extractor(vit, f'block{len(vit.vit.blocks) - 1}')(x)
+    norm = vit.vit.norm(last.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    assert torch.allclose(norm, vit.patches(x), atol=1e-5)
+
+
+@pytest.mark.parametrize('shape', [(16, 4000), (4000, 16), (16, 60)])
+def test_a_very_wide_picture_costs_a_bounded_number_of_patches(labeller, shape):
+    seen = []
+    m = segment(labeller, lambda x: (seen.append(x.shape[2:]), extract(x))[1], [np.zeros((*shape, 3), np.uint8)], size=32, patch_size=8, alpha=2., flip=False, crf=None)[0]
+    assert m.shape == shape and max(seen[0]) <= 4 * 32 and (max(shape) > 64 or seen[0] == (32, 120))
+
+
+def test_many_collect_the_same_files_at_once(tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+    names = [f'{i}.png' for i in range(300)]
+    for d in 'ab': (tmp_path/d).mkdir()
+    for n in names: (tmp_path/'a'/n).write_text(n)
+    for _ in range(3):
+        with ThreadPoolExecutor(8) as pool: list(pool.map(lambda _: collect_files(tmp_path/'a', tmp_path/'b', names), range(8)))
+        assert {p.name: p.read_text() for p in (tmp_path/'b').iterdir()} == {n: n for n in names}
 
 
 def test_collect_files_empties_its_target(tmp_path):

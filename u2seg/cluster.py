@@ -8,7 +8,7 @@ __all__ = ['SHAPES', 'GREY', 'EMBEDDINGS', 'METRICS', 'INITS', 'window', 'crop_i
            'label', 'embed_file', 'save_clusters', 'load_clusters', 'label_file', 'categories']
 
 # %% ../nbs/40_cluster.ipynb #imports
-import hashlib, json, os
+import hashlib, json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from .images import MEAN, by_image, decode_rle, mask_to_box, normalize, read_image, read_json, to_tensor, write_json
+from .images import MEAN, by_image, decode_rle, mask_to_box, normalize, part_of, read_image, read_json, to_tensor, write_json
 from .stage import sharded
 
 # %% ../nbs/40_cluster.ipynb #window
@@ -303,7 +303,7 @@ Clusters.label = label
 def _save(path, array):
     "Write .npy (one array) or .npz (a dict of arrays); no reader ever sees a part of the file."
     path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'.{path.name}.{os.getpid()}.part')
+    part = part_of(path)
     with open(part, 'wb') as f: np.savez(f, **array) if isinstance(array, dict) else np.save(f, array)
     part.replace(path)
 
@@ -311,7 +311,7 @@ def _gather(records, folder, path, dim):
     "The rows of all shards in one file, in the order of the records; never all in memory."
     n, at, name = sum(r['n'] for r in records), 0, None
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'.{path.name}.{os.getpid()}.part')
+    part = part_of(path)
     if n == 0: return _save(path, np.empty((0, dim), np.float32))
     to = np.lib.format.open_memmap(part, mode='w+', dtype=np.float32, shape=(n, dim))
     for r in records:
@@ -378,13 +378,14 @@ def label_file(clusters:Clusters,
                pictures:str|Path,  # folder that its file names are relative to
                *, folder:str|Path, # scratch
                key:dict|None=None, desc:str='', # as in `embed_file`
-               )->dict:            # the same with category_id = cluster + 1
+               )->tuple[dict, list[dict]]: # the same with category_id = cluster + 1; skipped images [{file_name, reason}], which are left out
     "Give the instances of new pictures their categories."
     how = {k: clusters.recipe[k] for k in ('embedding', 'crop_size', 'margin', 'shape', 'fill_background')}
     path = Path(folder)/'embeddings.npy'
-    kept, _ = embed_file(features, coco, pictures, path, **how, folder=folder, key=key, desc=desc)
+    kept, skipped = embed_file(features, coco, pictures, path, **how, folder=folder, key=key, desc=desc)
     labels = clusters.assign(np.load(path, mmap_mode='r'))
-    return dict(coco, annotations=[dict(a, category_id=int(j) + 1) for a, j in zip(kept, labels)], categories=categories(len(clusters.centroids)))
+    images = [im for im in coco['images'] if im['file_name'] not in {s['file_name'] for s in skipped}]
+    return dict(coco, images=images, annotations=[dict(a, category_id=int(j) + 1) for a, j in zip(kept, labels)], categories=categories(len(clusters.centroids))), skipped
 
 def categories(k:int)->list[dict]:
     "COCO categories 1 ... k; a cluster has no name but its number."

@@ -352,7 +352,7 @@ def baselines(root:str|Path, images:list[dict], # {id, file_name}, file names re
     folder = Path(folder)
     masks, _ = label_images(images, vit, root=root, folder=folder/'maskcut', batch_size=batch_size, desc='', **maskcut)
     found = _area([d for r in model_records(detector, root, images, batch_size=batch_size).values() for d in r['instances']])
-    masks, found = (label_file(clusters, embedder, dict(images=images, annotations=a), root, folder=folder/kind)['annotations'] for kind, a in (('masks', masks['annotations']), ('detections', found)))
+    masks, found = (label_file(clusters, embedder, dict(images=images, annotations=a), root, folder=folder/kind)[0]['annotations'] for kind, a in (('masks', masks['annotations']), ('detections', found)))
     maps = Packed()
     for i in range(0, len(images), batch_size):
         part = images[i:i + batch_size]

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['MEAN', 'STD', 'SUFFIXES', 'ImageError', 'read_image', 'to_tensor', 'normalize', 'resize_image', 'resize_mask',
-           'list_images', 'write_atomic', 'write_json', 'read_json', 'encode_rle', 'decode_rle', 'mask_to_box',
-           'ids_to_rgb', 'rgb_to_ids', 'write_ids', 'read_ids', 'write_png', 'instances_json', 'by_image']
+           'list_images', 'part_of', 'write_atomic', 'write_json', 'read_json', 'encode_rle', 'decode_rle',
+           'mask_to_box', 'ids_to_rgb', 'rgb_to_ids', 'write_ids', 'read_ids', 'write_png', 'instances_json',
+           'by_image']
 
 # %% ../nbs/00_images.ipynb #imports
-import io, json, os
+import io, json, os, uuid
 from pathlib import Path
 
 import numpy as np
@@ -90,11 +91,15 @@ def list_images(root:str|Path,       # folder that file names are relative to
     return [dict(id=i, file_name=f) for i, f in enumerate(dict.fromkeys(files), 1)]
 
 # %% ../nbs/00_images.ipynb #write_atomic
+def part_of(path:str|Path)->Path:
+    "A name beside `path` for what is not finished yet, which no other process has, on this machine or another."
+    return Path(path).with_name(f'.{Path(path).name}.{uuid.uuid4().hex[:12]}.part')
+
 def write_atomic(path:str|Path, # destination; its folder is made if needed
                  data:bytes):
     "Write `data` so that no reader ever sees a part of it."
     path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'.{path.name}.{os.getpid()}.part')
+    part = part_of(path)
     try:
         with open(part, 'wb') as f:
             f.write(data); f.flush(); os.fsync(f.fileno())

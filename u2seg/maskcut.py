@@ -159,8 +159,8 @@ def label_image(image:np.ndarray,       # uint8 [H, W, 3]
 
 # %% ../nbs/22_maskcut.ipynb #weights_digest
 def weights_digest(model:nn.Module)->str:
-    "Sixteen hex digits that change with any weight."
-    h = hashlib.sha256()
+    "Sixteen hex digits that change with any weight, and with the way positions are interpolated."
+    h = hashlib.sha256(getattr(model, 'interpolation', '').encode())
     for name, t in sorted(model.state_dict().items()): h.update(name.encode() + t.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()[:16]
 

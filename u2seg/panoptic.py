@@ -100,7 +100,7 @@ def merge(instances:list[dict],      # {category_id: 1 ... n_clusters, segmentat
     keep = area > 0
     keep[n:] &= area[n:] >= min_area
     keep[-1] = False                                                             # 255 is void
-    if rule == 'release': keep[n:] &= (total - area[n:]) <= max_cover * total    # r <= max_cover, without a division
+    if rule == 'release': keep[n:] &= (total - area[n:]) / np.maximum(total, 1) <= max_cover
     category = [a['category_id'] for a in instances] + [n_clusters + 1 + s for s in range(256)]
     ids = (np.cumsum(keep) * keep).astype(np.int32)                              # owner -> id, 0 where dropped
     info = [dict(id=int(ids[o]), category_id=int(category[o]), iscrowd=0, area=int(area[o]), bbox=_xywh(box[o])) for o in np.flatnonzero(keep)]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['stage_notebook', 'stages', 'declared', 'stage_values', 'run_check', 'load_params', 'check_stages', 'check_data',
-           'tidy', 'run_stage', 'publish', 'sharded', 'in_processes', 'run_all']
+           'tidy', 'run_stage', 'publish', 'sharded', 'once', 'in_processes', 'run_all']
 
 # %% ../nbs/03_stage.ipynb #imports
 import ast, hashlib, json, os, shutil, sys, tempfile, time
@@ -203,6 +203,20 @@ def _gather(items, parts, paths):
         records += [r['record'] for r in shard if 'record' in r]
         skipped += [dict(file_name=item['file_name'], reason=r['skipped']) for item, r in zip(part, shard) if 'skipped' in r]
     return records, skipped
+
+# %% ../nbs/03_stage.ipynb #once
+def once(make:Callable,     # `make(folder)` writes files into a folder
+         folder:str|Path,
+         *, key:dict,       # everything that shapes the files
+         )->Path:           # the folder inside `folder` that holds them
+    "Have one process make files, of torchrun's workers too, and once only for each `key`."
+    made = Path(folder)/f'once_{_digest(key)}'
+    def work(_):
+        made.mkdir(parents=True, exist_ok=True)
+        make(made)
+        return [{}]
+    sharded([dict(file_name=made.name)], lambda item: item, work, folder, key=key)
+    return made
 
 # %% ../nbs/03_stage.ipynb #in_processes
 def in_processes(share:Callable, # picklable; `share(desc)` does this process' part with `sharded`, under a progress bar if `desc` is not empty

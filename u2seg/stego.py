@@ -78,7 +78,7 @@ def fit_stego(features,                # indexable by view numbers -> [b, d, h, 
     first = features[torch.arange(2)]
     labeller = _new_labeller(first.shape[1], n_classes, code_dim, dropout, seed).to(first.device)
     optimizer = torch.optim.Adam([dict(params=labeller.head.parameters(), lr=lr), dict(params=[labeller.clusters], lr=lr_probe)])
-    tag = json.dumps([knobs, n_classes, code_dim, dropout, n_steps, batch_size, lr, lr_probe, seed, len(features), first.float().sum().item()])
+    tag = json.dumps([knobs, n_classes, code_dim, dropout, n_steps, batch_size, lr, lr_probe, seed, len(features), first.float().sum().item(), hashlib.sha256(neighbors.cpu().numpy().tobytes()).hexdigest()])
     folder = Path(folder)
     start, rows = _load_checkpoint(folder, tag, labeller, optimizer)
     for step in tqdm(range(start, n_steps), desc='stego', initial=start, total=n_steps):
