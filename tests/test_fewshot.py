@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from u2seg import fewshot
-from u2seg.evaluate import read_truth, score
-from u2seg.fewshot import LabelledPictures, few_shot, nested_subsets, records
+from u2seg import fewshot, train
+from u2seg.evaluate import model_records, read_truth, score
+from u2seg.fewshot import LabelledPictures, few_shot, nested_subsets
 from u2seg.images import encode_rle, ids_to_rgb, read_json, write_json, write_png
 from u2seg.model import build_model, save_weights
 from u2seg.stage import run_all
@@ -84,7 +84,7 @@ def test_a_perfect_network_scores_one(root):
                 for j, m in enumerate(t['masks']): ids[m] = j + 1; segments.append(dict(id=j + 1, category_id=int(t['labels'][j]) + 1))
                 out.append(dict(boxes=t['boxes'], labels=t['labels'], scores=torch.ones(len(t['labels'])), masks=t['masks'], sem_logits=logits, panoptic=(ids, segments)))
             return out
-    s = score(records(Perfect(), root, truth), truth, dict(things=np.array(truth['things']), stuff=np.array(truth['stuff'])))
+    s = score(model_records(Perfect(), root, truth['images'], batch_size=8), truth, dict(things=np.array(truth['things']), stuff=np.array(truth['stuff'])))
     assert s['box_AP'] == s['mask_AP'] == s['PQ'] == s['PixelAcc'] == s['mIoU'] == 1
 
 
@@ -142,3 +142,18 @@ def test_runs_side_by_side_equal_runs_in_turn(root, tmp_path):
     a, b = run_all(jobs('turn'), n_procs=1), run_all(jobs('side'), n_procs=2)
     assert a == b
     with pytest.raises(ValueError, match='no such file'): run_all([partial(job, root/'absent', tmp_path/'x')], n_procs=1)
+
+
+def test_the_network_goes_to_the_gpu(root, tmp_path, monkeypatch):
+    class Seen(Exception): pass
+    def spy(model, *a, **k): raise Seen({p.device.type for p in model.parameters()})
+    monkeypatch.setattr(fewshot, 'own_device', lambda: torch.device('meta')); monkeypatch.setattr(fewshot, 'fit', spy)
+    with pytest.raises(Seen) as e: job(root, tmp_path/'a')
+    assert e.value.args[0] == {'meta'}
+
+
+def test_pictures_are_kept_up_to_a_bound(root, monkeypatch):
+    monkeypatch.setattr(train, 'CACHE', 3 * 48 * 60 * 7)               # bytes of three pictures and their segment ids
+    data = LabelledPictures(root, [read_truth(root, 's/train')])
+    for _ in range(2): list(data)
+    assert len(data.kept) == 3 and len(data) == 9

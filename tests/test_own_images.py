@@ -9,7 +9,7 @@ import yaml
 from PIL import Image
 
 from u2seg import evaluate, scenes
-from u2seg.images import encode_rle, read_json, write_json
+from u2seg.images import encode_rle, ids_to_rgb, read_json, write_json, write_png
 from u2seg.stage import declared, load_params, run_check, stage_notebook, stage_values, stages
 
 root = Path(__file__).parents[1]
@@ -130,3 +130,27 @@ def test_what_is_no_coco_file_is_refused_in_one_sentence(tmp_path, broken, messa
     write_json(tmp_path/'annotations'/'instances_val.json', broken)
     with pytest.raises(ValueError, match=message) as e: evaluate.read_truth(tmp_path, 'val')
     assert 'instances_val.json' in str(e.value)
+
+
+def test_coco_s_own_instances_are_what_ap_is_scored_on(tmp_path):
+    "Two objects that overlap: the panoptic map cannot hold both whole, the instance file beside it does."
+    ids = np.zeros((20, 30), np.int32); ids[2:12, 2:12] = 1; ids[2:12, 8:18] = 2; ids[14:] = 3
+    segments = [dict(id=i, category_id=c, iscrowd=0, area=int((ids == i).sum()), bbox=[0, 0, 1, 1]) for i, c in ((1, 5), (2, 5), (3, 8))]
+    categories = [dict(id=5, name='cup', isthing=1), dict(id=8, name='table', isthing=0)]
+    images = [dict(id=4, file_name='x.jpg', width=30, height=20), dict(id=6, file_name='y.jpg', width=30, height=20)]
+    for name in ('4.png', '6.png'): write_png(tmp_path/'annotations'/'panoptic_val'/name, ids_to_rgb(ids))
+    write_json(tmp_path/'annotations'/'panoptic_val.json', dict(images=images, categories=categories, annotations=[dict(image_id=4, file_name='4.png', segments_info=segments), dict(image_id=6, file_name='6.png', segments_info=[])]))
+    areas = lambda **kw: sorted(a['area'] for a in evaluate.read_truth(tmp_path, 'val', **kw)['instances']['annotations'])
+    assert areas() == [60, 100]                                        # cut out of the map
+    box = lambda x: [[x, 2, x + 10, 2, x + 10, 12, x, 12]]
+    coco = dict(images=images, categories=[dict(id=5, name='cup', supercategory='kitchen')], annotations=[dict(id=i, image_id=4, category_id=5, iscrowd=0, area=100, segmentation=box(x)) for i, x in ((71, 2), (72, 8))])
+    write_json(tmp_path/'annotations'/'instances_val.json', coco)
+    assert areas() == [100, 100] and areas(n_images=1) == [100, 100]
+    truth = evaluate.read_truth(tmp_path, 'val')
+    assert truth['stuff'] == [8] and evaluate.truth_map(truth, 4)[16, 0] == 8                      # the panoptic truth stays
+    found = [dict(a, score=1.) for a in truth['instances']['annotations']]
+    assert evaluate.score_agnostic({4: dict(instances=found)}, truth)['agnostic_mask_AP'] == 1
+    write_json(tmp_path/'annotations'/'instances_val.json', dict(coco, images=images[:1]))
+    with pytest.raises(ValueError, match='lacks image 6'): areas()
+    write_json(tmp_path/'annotations'/'instances_val.json', dict(coco, categories=[dict(id=5, name='bowl')]))
+    with pytest.raises(ValueError, match='instances_val.json: its categories'): areas()

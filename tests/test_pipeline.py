@@ -71,9 +71,9 @@ def results(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() fo
 
 
 def test_two_workers_write_what_one_does(clone):
-    "Whole stages as torchrun starts them: one labeller and one clustering for all, files that everyone collects."
+    "Whole stages as torchrun starts them: one labeller and one clustering for all, files that everyone collects, predictions that are shared."
     env = os.environ | {'PATH': f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", 'PYTHONPATH': str(clone), 'OMP_NUM_THREADS': '1'}
-    for stage in ('cluster', 'stego', 'panoptic'):
+    for stage in ('cluster', 'stego', 'panoptic', 'evaluate'):
         right = results(clone/'out'/stage)
         shutil.rmtree(clone/'out'/stage); shutil.rmtree(clone/'out'/'.work'/stage, ignore_errors=True)
         workers = [subprocess.Popen(['u2seg', 'run', stage], cwd=clone, env=env | dict(RANK=str(r), WORLD_SIZE='2'), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for r in range(2)]
@@ -81,6 +81,7 @@ def test_two_workers_write_what_one_does(clone):
         finally: [w.kill() for w in workers if w.poll() is None]
         assert [w.returncode for w in workers] == [0, 0], ''.join(t[-3000:] for t in said)
         if stage in ('cluster', 'stego'): assert len(list((clone/'out'/'.work'/stage).glob('once_*'))) == 1
+        if stage == 'evaluate': assert len(list((clone/'out'/'.work'/stage).rglob('job_*.pickle'))) == 4           # a block of each share, and of those that the mapping is fitted on
         again = results(clone/'out'/stage)
         assert again.keys() == right.keys() and [n for n in right if again[n] != right[n]] == []
         run(clone, 'dvc', 'commit', '-q', '-f', stage)

@@ -150,3 +150,28 @@ len(records)"""
     start = lambda rank: subprocess.Popen([sys.executable, '-c', f'from u2seg.stage import run_stage; run_stage("one", {str(root)!r})'], env=os.environ | dict(RANK=str(rank), WORLD_SIZE='2'))
     assert [p.wait(120) for p in [start(0), start(1)]] == [0, 0]           # the first to finish takes nothing from the other
     assert nbformat.read(root/'out'/'one'/'run.ipynb', 4).cells[-1].outputs[0].data['text/plain'] == '8'
+
+
+JOBS = """
+import os, sys, time
+from functools import partial
+from pathlib import Path
+from u2seg.stage import run_shared, sharded
+folder = sys.argv[1]
+def job(i):
+    with open(f'{folder}/done.log', 'a') as f: f.write(f'{i}\\n')
+    records, _ = sharded([dict(file_name=str(k)) for k in range(4)], lambda x: x, lambda batch: [dict(v=i * i) for _ in batch], f'{folder}/inner/{i}', key={}, shard_size=2)
+    return records
+print(run_shared([partial(job, i) for i in range(7)], folder + '/jobs', key=dict(a=1), n_procs=1))
+"""
+
+
+def test_shared_jobs_run_once_and_each_is_alone(tmp_path):
+    (tmp_path/'jobs.py').write_text(JOBS)
+    start = lambda **env: subprocess.Popen([sys.executable, str(tmp_path/'jobs.py'), str(tmp_path)], env=os.environ | env, stdout=subprocess.PIPE, text=True)
+    count = lambda: sorted(map(int, (tmp_path/'done.log').read_text().split()))
+    ps = [start(RANK=str(r), WORLD_SIZE='3') for r in range(3)]
+    said = [p.communicate(timeout=60)[0] for p in ps]                  # a job that waited for the other workers' shards would never end
+    assert count() == list(range(7)) and len(set(said)) == 1 and eval(said[0]) == [[dict(v=i * i)] * 4 for i in range(7)]
+    sorted((tmp_path/'jobs').rglob('job_*.pickle'))[3].unlink()        # as if killed before it was done
+    assert start().communicate(timeout=60)[0] == said[0] and count() == sorted([*range(7), 3])

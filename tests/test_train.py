@@ -1,11 +1,12 @@
 "Training: killed and resumed, in one process and in two, against plain formulas."
-import functools, math, os, signal, sys, time, types
+import copy, functools, math, os, signal, sys, time, types
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from u2seg import train
 from u2seg.images import decode_rle, encode_rle, instances_json, write_png
 from u2seg.model import build_model
 from u2seg.train import Batches, PseudoLabels, clip_gradients, detect, epoch_batches, fit, launch, lr_factor, parameter_groups, precise_bn, self_training_labels
@@ -47,7 +48,7 @@ def data(tmp_path):
         write_png(tmp_path/f'{i}.png', rng.integers(0, 256, (h, w, 3), dtype=np.uint8)); write_png(tmp_path/'stuff'/f'{i:012d}.png', stuff)
         images.append(dict(id=i, file_name=f'{i}.png', width=w, height=h))
     coco = instances_json(images, notes, [dict(id=c, name=str(c)) for c in (2, 5, 9)])
-    return PseudoLabels(tmp_path, coco, tmp_path/'stuff', cache=True)
+    return PseudoLabels(tmp_path, coco, tmp_path/'stuff')
 
 
 def equal(a, b):
@@ -286,7 +287,7 @@ def test_an_unreadable_picture_is_named_and_replaced(data, tmp_path):
     names = [n for i in range(6) for n in Batches(fresh, **VIEWS)[i][2]]
     assert names and all('4.png' in n for n in names)
     for i in range(1, 12): (tmp_path/f'{i}.png').write_bytes(b'')
-    with pytest.raises(ValueError, match='no picture can be read'): Batches(fresh, **VIEWS)[0]
+    with pytest.raises(ValueError, match='no picture can be read'): Batches(PseudoLabels(tmp_path, dict(images=data.images, annotations=[], categories=[])), **VIEWS)[0]
 
 
 def test_labels_of_another_size_are_refused(data, tmp_path):
@@ -423,3 +424,22 @@ def test_detections_become_annotations_and_resume(data, tmp_path):
     assert len(detect(Finder(), tmp_path, images, min_score=.1, **{**options, 'n_max': 1})[1]) == 0   # the best one is empty
     again = detect(Finder(), tmp_path/'elsewhere', images, min_score=.5, **options)                   # all from shard files
     assert again[1] == notes
+
+
+def test_decoded_pictures_are_kept_up_to_a_bound(data, monkeypatch):
+    whole = [data[i] for i in range(len(data))]
+    assert len(data.kept) == len(data)
+    small = copy.copy(data); small.kept = train.Kept()
+    monkeypatch.setattr(train, 'CACHE', 5 * 20 * 28 * 4)               # bytes of five pictures and their stuff
+    for _ in range(2): again = [small[i] for i in range(len(small))]
+    assert len(small.kept) == 5
+    for (a, s), (b, t) in zip(whole, again): assert torch.equal(a, b) and all(torch.equal(s[k], t[k]) for k in s)
+
+
+def test_a_checkpoint_that_another_process_sets_aside(tmp_path, monkeypatch):
+    assert train._load(tmp_path/'checkpoint.pt', 'a') is None
+    train._save(tmp_path/'checkpoint.pt', dict(key='a'))
+    real = torch.load
+    def slow(path, **kw): state = real(path, **kw); os.unlink(path); return state
+    monkeypatch.setattr(torch, 'load', slow)
+    assert train._load(tmp_path/'checkpoint.pt', 'b') is None

@@ -26,7 +26,7 @@ from .maskcut import label_images
 from .matching import METHODS, file_hash, instance_votes, map_instances, match_clusters, pixel_votes, save_mapping, semantic_votes
 from .metrics import confusion_matrix, instance_ap, instances_from_panoptic, panoptic_quality, remap, semantic_from_panoptic, semantic_scores
 from .panoptic import merge
-from .stage import run_all
+from .stage import run_shared
 from .train import predict
 
 # %% ../nbs/72_evaluate.ipynb #read_truth
@@ -37,17 +37,27 @@ def annotation_file(root:str|Path, share:str)->Path:
     return instances if instances.exists() and not panoptic.exists() else panoptic
 
 class Truth(dict):
-    "What `read_truth` gives; the instances are cut out of the maps when they are first asked for."
+    "What `read_truth` gives; the instances are read from a file of their own, or else cut out of the maps, when they are first asked for."
     def __missing__(self, key):
         if key != 'instances': raise KeyError(key)
-        self[key] = instances_from_panoptic(self['panoptic'], self['maps'])
+        self[key] = _own_instances(self) if self['instance_file'] else instances_from_panoptic(self['panoptic'], self['maps'])
         return self[key]
+
+def _own_instances(truth):
+    "The instances of the images of a panoptic truth from the file beside it."
+    path, ids = truth['instance_file'], {im['id'] for im in truth['images']}
+    coco = read_json(path)
+    things, given = ({c: truth['names'][c] for c in truth['things']}, {c['id']: c['name'] for c in coco['categories']})
+    if given != things: raise ValueError(f'{path}: its categories are not the things of the panoptic file beside it')
+    if absent := ids - {im['id'] for im in coco['images']}: raise ValueError(f'{path}: lacks image {min(absent)}, which the panoptic file beside it has')
+    mine = dict(coco, images=truth['images'], annotations=[a for a in coco['annotations'] if a['image_id'] in ids])
+    return things_only(mine, path)[1] if mine['annotations'] else mine
 
 def read_truth(root:str|Path, # the folder that shares are relative to
                share:str,     # such as 'scenes/val'
                *, n_images:int|None=None, # so many images, evenly spaced; None for all
                classes:str='given',       # 'given', or 'supercategories': COCO's 133 become 80 things and 15 supercategories (the paper)
-               )->dict: # share, images, panoptic, maps (folder, or maps by name), instances, things, stuff (category ids), names
+               )->dict: # share, images, panoptic, maps (folder, or maps by name), instances, instance_file, things, stuff (category ids), names
     "The ground truth of a share, file names relative to `root`."
     path = annotation_file(root, share)
     panoptic, whole = read_json(path), None
@@ -59,7 +69,8 @@ def read_truth(root:str|Path, # the folder that shares are relative to
     cats = sorted(panoptic['categories'], key=lambda c: c['id'])
     panoptic = dict(panoptic, images=[images[a['image_id']] for a in notes], annotations=notes, categories=cats)
     maps = path.with_suffix('') if whole is None else Painted(whole)
-    return Truth({} if whole is None else dict(instances=_kept(whole, panoptic)), share=share, images=panoptic['images'], panoptic=panoptic, maps=maps,
+    beside = path.with_name(path.name.replace('panoptic_', 'instances_', 1))
+    return Truth({} if whole is None else dict(instances=_kept(whole, panoptic)), share=share, images=panoptic['images'], panoptic=panoptic, maps=maps, instance_file=beside if whole is None and beside.exists() else None,
                 things=[c['id'] for c in cats if c['isthing']], stuff=[c['id'] for c in cats if not c['isthing']], names={c['id']: c['name'] for c in cats})
 
 # %% ../nbs/72_evaluate.ipynb #check_runs
@@ -363,6 +374,7 @@ def baselines(root:str|Path, images:list[dict], # {id, file_name}, file names re
 def all_rows(root:str|Path, shares:dict[str, list[dict]], # share -> images {id, file_name}, file names relative to `root`
              *, model:torch.nn.Module, # the universal one
              folder:str|Path,          # scratch
+             key:dict,                 # what shapes the predictions besides the other arguments: hashes of the weights, the options of MaskCut
              batch_size:int,           # images a pass
              n_procs:int,              # processes of one thread each, on a CPU
              parts:dict|None,          # what `baselines` needs besides; None: the model's row alone
@@ -371,7 +383,7 @@ def all_rows(root:str|Path, shares:dict[str, list[dict]], # share -> images {id,
     "Predict every row of every share."
     where = [(share, i) for share, images in shares.items() for i in range(0, len(images), block)]
     jobs = [partial(_rows, root, shares[s][i:i + block], model, Path(folder)/s/str(i), batch_size, parts) for s, i in where]
-    found = run_all(jobs, n_procs=1 if next(model.parameters()).is_cuda else n_procs, desc='predicting') if jobs else []
+    found = run_shared(jobs, folder, key=dict(key, shares=shares, block=block, batch_size=batch_size, baselines=parts is not None), n_procs=1 if next(model.parameters()).is_cuda else n_procs, desc='predicting')
     out = {share: {} for share in shares}
     for (share, _), rows in zip(where, found):
         for row, records in rows.items(): out[share].setdefault(row, {}).update(records)

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['stage_notebook', 'stages', 'declared', 'stage_values', 'run_check', 'load_params', 'check_stages', 'check_data',
-           'tidy', 'run_stage', 'publish', 'sharded', 'once', 'in_processes', 'run_all']
+           'tidy', 'run_stage', 'publish', 'sharded', 'once', 'in_processes', 'run_all', 'run_shared']
 
 # %% ../nbs/03_stage.ipynb #imports
-import ast, hashlib, json, os, shutil, sys, tempfile, time
+import ast, hashlib, json, os, pickle, shutil, sys, tempfile, time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -239,7 +241,7 @@ def run_all(jobs:list[Callable], # picklable
             desc:str='runs')->list: # what each returns
     "Run independent jobs, in processes of their own."
     if n_procs < 1: raise ValueError(f'n_procs must be at least 1, got {n_procs}')
-    if n_procs == 1: return [job() for job in tqdm(jobs, desc=desc)]
+    if n_procs == 1 or len(jobs) < 2: return [job() for job in tqdm(jobs, desc=desc)]
     with ProcessPoolExecutor(min(n_procs, len(jobs)), mp_context=get_context('spawn'), initializer=_one_thread) as pool:
         waiting = [pool.submit(job) for job in jobs]
         try: return [w.result() for w in tqdm(waiting, desc=desc)]
@@ -248,3 +250,27 @@ def run_all(jobs:list[Callable], # picklable
 def _one_thread():
     import torch
     torch.set_num_threads(1)
+
+# %% ../nbs/03_stage.ipynb #run_shared
+def run_shared(jobs:list[Callable], # picklable, and what they return too
+               folder:str|Path,     # where results are kept
+               *, key:dict,         # everything that shapes the results
+               n_procs:int, desc:str='runs')->list: # as of `run_all`
+    "Run independent jobs, each once for all of torchrun's workers."
+    rank, world = _worker()
+    paths = [Path(folder)/_digest(key, len(jobs))/f'job_{i:06d}.pickle' for i in range(len(jobs))]
+    run_all([partial(_keep, job, path) for job, path in list(zip(jobs, paths))[rank::world]], n_procs=n_procs, desc=desc)
+    for path in paths:
+        while not path.exists(): time.sleep(.2)
+    return [pickle.loads(path.read_bytes()) for path in paths]
+
+def _keep(job, path):
+    if path.exists(): return
+    with _alone(): write_atomic(path, pickle.dumps(job()))
+
+@contextmanager
+def _alone():
+    "No other worker is known inside."
+    others = {k: os.environ.pop(k) for k in ('RANK', 'WORLD_SIZE') if k in os.environ}
+    try: yield
+    finally: os.environ.update(others)
