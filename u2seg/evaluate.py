@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['annotation_file', 'Truth', 'read_truth', 'check_runs', 'things_only', 'Painted', 'truth_map', 'boxed', 'merged',
-           'Packed', 'Opened', 'count_votes', 'choose', 'score_agnostic', 'semantic_map', 'score', 'fine_maps',
-           'semantic27', 'model_records', 'baseline_rows', 'baselines', 'all_rows', 'judge', 'class_pq', 'sensitivity',
-           'save_names', 'unnamed', 'readable', 'seen', 'image_pq']
+           'Packed', 'Opened', 'count_votes', 'choose', 'score_agnostic', 'semantic_map', 'score', 'label_counts',
+           'fine_maps', 'semantic27', 'model_records', 'baseline_rows', 'baselines', 'all_rows', 'judge', 'class_pq',
+           'sensitivity', 'save_names', 'unnamed', 'readable', 'seen', 'image_pq']
 
 # %% ../nbs/72_evaluate.ipynb #imports
 import os, zlib
@@ -24,7 +24,7 @@ from .cluster import Clusters, label_file
 from .images import ImageError, by_image, encode_rle, read_ids, read_image, read_json, write_json
 from .maskcut import label_images
 from .matching import METHODS, file_hash, instance_votes, map_instances, match_clusters, pixel_votes, save_mapping, semantic_votes
-from .metrics import confusion_matrix, instance_ap, instances_from_panoptic, panoptic_quality, remap, semantic_from_panoptic, semantic_scores
+from .metrics import instance_ap, instances_from_panoptic, pair_counts, panoptic_quality, remap, semantic_from_panoptic, semantic_scores
 from .panoptic import merge
 from .stage import run_shared
 from .train import predict
@@ -244,6 +244,7 @@ def semantic_map(record:dict, mapping:dict[str, np.ndarray])->np.ndarray: # int3
 # %% ../nbs/72_evaluate.ipynb #score
 def score(records:dict[int, dict], # image id -> record, every image of `truth`
           truth:dict, mapping:dict[str, np.ndarray], # of `choose`
+          *, counts:np.ndarray|None=None, # of `label_counts`, where several mappings are to be scored
           )->dict[str, float]: # what the records allow of box_AP50 ..., PixelAcc, mIoU, PQ, SQ, RQ and these for things and stuff
     "Class-aware scores under one mapping."
     one, out = next(iter(records.values())), {}
@@ -251,15 +252,29 @@ def score(records:dict[int, dict], # image id -> record, every image of `truth`
         found = [d for r in records.values() for d in r['instances']]
         out |= _figures(truth['instances'], map_instances(found, mapping['things']), False, '')
     if not truth['stuff']: return out                                              # an instance file: what is not labelled may be anything
-    if 'stuff' in one: out |= _semantic(records, truth, mapping)
+    if 'stuff' in one: out |= _semantic(label_counts(records, truth) if counts is None else counts, truth, mapping, whole='ids' in one)
     if 'ids' in one: out |= _panoptic(records, truth, mapping)[0]
     return out
 
 # %% ../nbs/72_evaluate.ipynb #score-parts
-def _semantic(records, truth, mapping):
+def label_counts(records:dict[int, dict], truth:dict)->np.ndarray: # int64 [n, 4]: class index, 255 = void; category of the panoptic segment, 0 = none; stuff cluster + 1 below it, 0 = none; pixels
+    "What lies where, before anything has a name: all that the semantic scores of any mapping need."
+    out = [np.zeros((0, 4), np.int64)]
+    for i, classes in _class_maps(truth):
+        r = records[i]
+        category = semantic_from_panoptic(r['ids'], r['segments'], {s['category_id']: s['category_id'] for s in r['segments']}, void=0) if 'ids' in r else 0
+        t, both, n = pair_counts(classes, category * 256 + r['under' if 'ids' in r else 'stuff'])
+        out.append(np.stack([t, both // 256, both % 256, n], 1))
+    return np.concatenate(out)
+
+def _semantic(counts, truth, mapping, whole):
     "Scores over all classes; and `joined`: all things are one class, the mean is over classes of the truth (the release's evaluator)."
     index, n = {c: i for i, c in enumerate(truth['names'])}, len(truth['names'])
-    confusion = sum(confusion_matrix(t, remap(semantic_map(records[i], mapping), index, other=n), n_truth=n, n_pred=n) for i, t in _class_maps(truth))
+    t, category, stuff, pixels = counts.T
+    named = np.concatenate([[-1], mapping['things'], mapping['stuff']])[category] if whole else -1
+    below = np.concatenate([[-1], mapping['stuff' if whole else 'pixels']])[stuff]
+    confusion = np.zeros((n, n + 1), np.int64)
+    np.add.at(confusion, (t[t < n], remap(np.where(category > 0, named, below), index, other=n)[t < n]), pixels[t < n])
     s, joined = semantic_scores(confusion), semantic_scores(_join(confusion, [index[c] for c in truth['things']]), only_present=True)
     return dict(PixelAcc=s['pixel_acc'], mIoU=s['mean_iou'], fwIoU=s['fw_iou'], mACC=s['mean_acc'], PixelAcc_joined=joined['pixel_acc'], mIoU_joined=joined['mean_iou'])
 
@@ -411,8 +426,9 @@ def judge(rows:dict[str, dict],     # share -> row -> records
             own = count_votes(records, truth, **knobs)
             fitted[share] = {m: choose(own, truth, method=m) for m in METHODS}
             one = next(iter(records.values()))
+            counts = label_counts(records, truth) if 'stuff' in one else None
             scores[share][row] = (dict(agnostic=score_agnostic(records, truth)) if 'instances' in one else {}) | {
-                fit: {m: score(records, truth, mapping) for m, mapping in fitted[key].items()} for fit, key in (('train', 'train'), ('val', share)) if key in fitted}
+                fit: {m: score(records, truth, mapping, counts=counts) for m, mapping in fitted[key].items()} for fit, key in (('train', 'train'), ('val', share)) if key in fitted}
         mappings[row] = fitted
     return scores, mappings
 

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['dino_positions', 'dino_state', 'read_weights', 'load_strictly', 'build_vit', 'patch_size', 'embed', 'last_keys',
-           'last_class', 'forward_features', 'ViTFeatures', 'own_device', 'write_backbone', 'from_file']
+           'last_class', 'forward_features', 'ViTFeatures', 'own_device', 'weights_digest', 'write_backbone',
+           'from_file']
 
 # %% ../nbs/10_features.ipynb #imports
-import argparse, json, os
+import argparse, hashlib, json, os
 from functools import partial
 from pathlib import Path
 
@@ -189,6 +190,13 @@ class ViTFeatures(nn.Module):
 def own_device()->torch.device:
     "This process's GPU (torchrun's LOCAL_RANK), or the CPU where there is none."
     return torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0))) if torch.cuda.is_available() else torch.device('cpu')
+
+# %% ../nbs/10_features.ipynb #weights_digest
+def weights_digest(model:nn.Module)->str:
+    "Sixteen hex digits that change with any weight, and with the way positions are interpolated."
+    h = hashlib.sha256(getattr(model, 'interpolation', '').encode())
+    for name, t in sorted(model.state_dict().items()): h.update(name.encode() + t.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()[:16]
 
 # %% ../nbs/10_features.ipynb #write_backbone
 def write_backbone(path:str|Path, vit:nn.Module,

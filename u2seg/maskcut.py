@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['foreground', 'cut_rounds', 'maskcut_batch', 'maskcut', 'fill_holes', 'refine', 'score_mask', 'label_image',
-           'weights_digest', 'label_images']
+           'label_images']
 
 # %% ../nbs/22_maskcut.ipynb #imports
-import hashlib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from .crf import refine_masks
+from .features import weights_digest
 from .images import encode_rle, instances_json, normalize, read_image, resize_image, resize_mask, to_tensor
 from .ncut import fiedler, orient, token_graph, token_links
 from .stage import in_processes, sharded
@@ -156,13 +156,6 @@ def label_image(image:np.ndarray,       # uint8 [H, W, 3]
     _check_options(features, size, feature, tau, n_masks, min_agreement)
     return _label([resize_image(image, (size, size))], [image.shape[:2]], features, size=size, feature=feature,
                   tau=tau, n_masks=n_masks, crf=crf, min_agreement=min_agreement)[0]
-
-# %% ../nbs/22_maskcut.ipynb #weights_digest
-def weights_digest(model:nn.Module)->str:
-    "Sixteen hex digits that change with any weight, and with the way positions are interpolated."
-    h = hashlib.sha256(getattr(model, 'interpolation', '').encode())
-    for name, t in sorted(model.state_dict().items()): h.update(name.encode() + t.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
-    return h.hexdigest()[:16]
 
 # %% ../nbs/22_maskcut.ipynb #label_images
 def label_images(items:list[dict],      # {id, file_name}, from `list_images`

@@ -131,7 +131,12 @@ def remap(labels:np.ndarray, # int, any shape
           *, other:int,      # what labels that `table` lacks become
           )->np.ndarray:     # int32, the same shape
     "Rename labels by a lookup table."
-    old = np.array(sorted(table), dtype=np.int64)
+    if labels.size and 0 <= labels.min() and (top := int(labels.max())) < 2**16:
+        new = np.full(top + 1, other, np.int32)
+        for k, v in table.items():
+            if 0 <= k <= top: new[k] = v
+        return new[labels]
+    old = np.array(sorted(table), dtype=np.int64)                    # large or negative: by search
     if not len(old): return np.full(labels.shape, other, np.int32)
     at = np.searchsorted(old, labels).clip(max=len(old) - 1)
     new = np.array([table[k] for k in old.tolist()], dtype=np.int32)

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from .augment import copy_paste, masks_to_boxes, semantic_copy_paste, short_side, view
-from .features import own_device
+from .features import own_device, weights_digest
 from .images import ImageError, by_image, decode_rle, encode_rle, instances_json, read_image, read_json, write_atomic
 from .stage import sharded
 
@@ -484,9 +484,8 @@ def detect(model:nn.Module,      # in eval mode: images -> [{boxes, scores, labe
            )->tuple[list[dict], list[dict], list[dict]]: # images with sizes, annotations, skipped [{file_name, reason}]
     "Detections on pictures as COCO annotations; resumes, and shares the work under torchrun or `launch`."
     model.eval()
-    digest = hashlib.sha256(b''.join(v.detach().cpu().contiguous().numpy().tobytes() for v in model.state_dict().values())).hexdigest()
     work = functools.partial(_detect, model, min_score=min_score, n_max=n_max, short=short, max_size=max_size, category_ids=category_ids)
-    records, skipped = sharded(images, lambda im: (im, read_image(Path(root)/im['file_name'])), work, folder, key=dict(weights=digest, min_score=min_score, n_max=n_max, short=short, max_size=max_size, batch_size=batch_size, category_ids=category_ids),
+    records, skipped = sharded(images, lambda im: (im, read_image(Path(root)/im['file_name'])), work, folder, key=dict(weights=weights_digest(model), min_score=min_score, n_max=n_max, short=short, max_size=max_size, batch_size=batch_size, category_ids=category_ids),
                                shard_size=64, batch_size=batch_size, desc='detecting')
     return [r['image'] for r in records], [a for r in records for a in r['annotations']], skipped
 
