@@ -396,7 +396,7 @@ def _recipe(model, batches, *rest):
     d = batches.dataset
     digest = hashlib.sha256(repr((rest, batches.seed, batches.batch_size, batches.paste, batches.paste_rate, batches.paste_options, batches.view.keywords, d.sizes)).encode())
     for x in (*model.state_dict().values(), *d.labels): digest.update(x.detach().cpu().contiguous().numpy().tobytes())
-    digest.update(repr(getattr(d, 'images', None)).encode() + repr(getattr(d, 'rles', None)).encode())
+    for x in (*getattr(d, 'images', ()), *getattr(d, 'rles', ())): digest.update(repr(x).encode())
     return digest.hexdigest()
 
 # %% ../nbs/32_train.ipynb #iterate
