@@ -110,4 +110,5 @@ def test_summaries_by_hand():
     assert np.allclose([m['mean'], m['least'], m['most']], [-.05, -.1, 0]) and m['verdict'] == 'the seeds disagree'
     assert S.margin(rows, dict(row='U'), dict(row='L', share='y'), 'PQ') is None and S.mean_and_spread(rows, 'SQ') is None
     assert '| a | 40.0 ± 14.1 |' in S.summary(rows, ['PQ'], row='U')
+    assert '| b | 20.0 (1 of 2 seeds) |' in S.summary([*rows, dict(rows[0], setting='b', PQ=.2)], ['PQ'], row='U')
     assert S.margin(rows[4:], dict(row='L'), dict(row='L'), 'PQ')['verdict'] == 'equal'

@@ -121,7 +121,8 @@ def mean_and_spread(rows:list[dict], key:str)->tuple[float, float, int]|None: # 
 def summary(rows:list[dict], keys:list[str], *, by:str='setting', **want)->str: # Markdown; `want`: share, row, fitted_on, method
     "A line for each setting, or each value of another column: mean and standard deviation over the seeds, in percent."
     rows = _chosen(rows, **want)
-    def cell(found): return '' if found is None else f'{100 * found[0]:.1f}' + (f' ± {100 * found[1]:.1f}' if found[2] > 1 else '')
+    n = len({r['seed'] for r in rows})
+    def cell(found): return '' if found is None else f'{100 * found[0]:.1f}' + (f' ± {100 * found[1]:.1f}' if found[2] > 1 else '') + (f' ({found[2]} of {n} seeds)' if found[2] < n else '')
     lines = [['', *keys], [':--'] + ['--:'] * len(keys)]
     for s in dict.fromkeys(r[by] for r in rows):
         cells = [mean_and_spread(_chosen(rows, **{by: s}), k) for k in keys]
