@@ -178,6 +178,19 @@ def test_region_align_equals_torchvision_forward_and_backward(ratio, threads):
     assert torch.allclose(got, want, atol=1e-5)
     for x, y in zip(a, b): assert torch.allclose(x, y, atol=1e-4)
 
+@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU'))])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_region_align_of_half_precision_keeps_its_corners(dtype, device):
+    "A corner at 500 px rounded to bfloat16 would be off by up to two pixels."
+    torch.manual_seed(0)
+    features = [torch.randn(2, 8, s, s).to(dtype) for s in (160, 80, 40)]
+    corner = torch.rand(40, 2) * 500
+    boxes, image = torch.cat([corner, corner + 5 + torch.rand(40, 2) * 130], 1), torch.arange(40) // 20
+    pooler = M.Pooler([2, 3, 4], size=7, sampling_ratio=0, canonical_size=56, canonical_level=3)
+    got = pooler([f.to(device) for f in features], boxes.to(device), image.to(device))
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.cpu().float(), pooler([f.float() for f in features], boxes, image), atol=2e-2, rtol=0)
+
 def test_levels_of_regions():
     sides = torch.tensor([1., 111, 112, 223, 224, 447, 448, 5000])
     boxes = torch.stack([torch.zeros(8), torch.zeros(8), sides, sides], 1)

@@ -448,8 +448,10 @@ class Pooler(nn.Module):
         if not boxes.is_cuda: return _RegionAlign.apply(boxes, image, level, scales, self.size, self.ratio, *features[:len(scales)])
         rois, out = torch.cat([image[:, None].to(boxes.dtype), boxes], 1), []
         order = [(level == i).nonzero()[:, 0] for i in range(len(scales))]
-        for x, index, scale in zip(features, order, scales): out.append(roi_align(x, rois[index].to(x.dtype), self.size, scale, self.ratio, aligned=True))
-        return torch.cat(out)[torch.cat(order).argsort()]
+        wide = torch.promote_types(features[0].dtype, torch.float)   # in half precision a corner would be off by pixels
+        for x, index, scale in zip(features, order, scales):
+            out.append(roi_align(x.to(wide), rois[index].to(wide), self.size, scale, self.ratio, aligned=True))
+        return torch.cat(out)[torch.cat(order).argsort()].to(features[0].dtype)
 
 # %% ../nbs/30_model.ipynb #BoxHead
 class _ScaleGradient(torch.autograd.Function):
