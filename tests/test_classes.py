@@ -67,20 +67,23 @@ def test_the_papers_classes_are_read_from_the_official_file(coco):
 
 
 def test_coco_stuff_27_by_brute_force(coco):
-    truth, folder = read_truth(coco, 'val'), fine_maps(coco, 'val')
+    maps = fine_maps(coco, 'val', read_truth(coco, 'val')['images'])
     rng, records, table = np.random.default_rng(1), {}, {1: [], 2: []}
     for i in (1, 2):
         ids = np.zeros((20, 30), np.uint16); ids[5:12, 4 * i:4 * i + 8] = 1; ids[:4] = 2
         records[i] = dict(ids=ids, segments=[dict(id=1, category_id=2), dict(id=2, category_id=4)], under=rng.integers(1, 4, (20, 30)).astype(np.uint8))       # 3 clusters of things, 3 of stuff
     records[2]['under'][14:] = 0                                             # no label: counts as a miss
-    found = semantic27(records, truth['images'], folder, n_clusters=3, n_stuff=3)
+    found = semantic27(records, maps, n_clusters=3, n_stuff=3)
     label = np.stack([np.where(r['ids'] == 1, 2, np.where(r['ids'] == 2, 4, np.where(r['under'] > 0, 3 + r['under'].astype(int), -1))) for r in records.values()])
-    gt = np.stack([STUFF27[np.array(Image.open(folder/f'{i}.png'))] for i in (1, 2)]); seen = gt < 27
+    gt = np.stack([STUFF27[np.array(Image.open(maps[i]))] for i in (1, 2)]); seen = gt < 27
     best = {k: np.bincount(gt[seen & (label == k)]).argmax() for k in np.unique(label[seen]) if k > 0}
     pred = np.vectorize(lambda k: best.get(k, -1))(label)
     assert abs(found['vote']['PixelAcc'] - (pred == gt)[seen].mean()) < 1e-12
     iou = [((pred == c) & (gt == c)).sum() / (((pred == c) | (gt == c)) & seen).sum() for c in np.union1d(gt[seen], pred[seen]) if c >= 0]
     assert abs(found['vote']['mIoU'] - np.mean(iou)) < 1e-12 and found['hungarian']['PixelAcc'] <= found['vote']['PixelAcc']
+    maps[2].unlink()
+    with pytest.raises(FileNotFoundError, match='2.png'): fine_maps(coco, 'val', [dict(id=1, file_name='val/1.jpg'), dict(id=2, file_name='val/2.jpg')])
+    assert fine_maps(coco, 'train', [dict(id=1, file_name='train/1.jpg')]) == {}
 
 
 def test_things_joined_by_brute_force(coco):

@@ -293,18 +293,23 @@ def _panoptic(records, truth, mapping):
     return scores, s['per_class']
 
 # %% ../nbs/72_evaluate.ipynb #semantic27
-def fine_maps(root:str|Path, share:str)->Path:
-    "The folder of COCO-Stuff's maps of a share; it need not exist."
-    folder = Path(os.path.normpath(Path(root)/share))
-    return folder.parent/'stuffthingmaps'/folder.name
+def fine_maps(root:str|Path, share:str, images:list[dict], # {id, file_name}
+              )->dict[int, Path]: # image id -> PNG; empty where the share has none at all
+    "COCO-Stuff's maps of a share; `FileNotFoundError` where the folder is there and one of them is not."
+    share = Path(os.path.normpath(Path(root)/share))
+    folder = share.parent/'stuffthingmaps'/share.name
+    if not folder.exists(): return {}
+    maps = {im['id']: folder/f"{Path(im['file_name']).stem}.png" for im in images}
+    for path in maps.values():
+        if not path.exists(): raise FileNotFoundError(f'{path}: the map of an image is missing; without the folder {folder} the 27 classes are left out')
+    return maps
 
-def semantic27(records:dict[int, dict], images:list[dict], # {id, file_name}
-               folder:str|Path,                            # of `fine_maps`, <picture's name>.png
+def semantic27(records:dict[int, dict], maps:dict[int, Path], # of `fine_maps`
                *, n_clusters:int, n_stuff:int)->dict[str, dict]: # method -> {PixelAcc, mIoU}, mapping fitted on the same images
     "The scores over the 27 classes of COCO-Stuff."
     votes, pixels = np.zeros((n_clusters + n_stuff, 27), np.int64), np.zeros(27, np.int64)
-    for im in images:
-        r, fine = records[im['id']], STUFF27[np.array(Image.open(Path(folder)/f"{Path(im['file_name']).stem}.png"))]
+    for i, path in maps.items():
+        r, fine = records[i], STUFF27[np.array(Image.open(path))]
         below = r['under' if 'ids' in r else 'stuff'].astype(np.int32)
         below[below > 0] += n_clusters                                  # 0: no label
         label = np.where(r['ids'] > 0, semantic_from_panoptic(r['ids'], r['segments'], {c: c for c in range(1, len(votes) + 1)}), below) if 'ids' in r else below
