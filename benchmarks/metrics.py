@@ -1,12 +1,13 @@
-"""AP and PQ beside pycocotools and panopticapi, side by side in one run, one core.
+"""AP and PQ beside pycocotools, faster-coco-eval and panopticapi, side by side in one run, one core.
 
     OMP_NUM_THREADS=1 python benchmarks/metrics.py [--images 5000] [--repeats 7] [--out benchmarks/results/metrics.md]
 
 Medians of alternating runs. Every pair of results is compared as well: a faster number that differs is no number.
 Memory is the peak of a process of its own, above what it held after its imports (VmHWM, reset before the work; Linux alone).
-panopticapi has no release on PyPI: without it (pip install git+https://github.com/cocodataset/panopticapi) its part is left out.
+What is not installed is left out: faster-coco-eval (pip install faster-coco-eval), panopticapi (pip install git+https://github.com/cocodataset/panopticapi).
 """
-import argparse, contextlib, copy, io, json, os, statistics, subprocess, sys, tempfile, time
+import argparse, contextlib, copy, importlib.util, io, json, os, statistics, subprocess, sys, tempfile, time
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,15 @@ def quietly(f, *args):
 def pycocotools_ap(gt, dt, iou_type):
     def run():
         coco = COCO(str(gt)); e = COCOeval(coco, coco.loadRes(str(dt)), iou_type)
+        e.evaluate(); e.accumulate(); e.summarize()
+        return e.stats
+    return quietly(run)
+
+
+def faster_ap(gt, dt, iou_type):
+    from faster_coco_eval import COCO, COCOeval_faster
+    def run():
+        coco = COCO(str(gt)); e = COCOeval_faster(coco, coco.loadRes(str(dt)), iou_type)
         e.evaluate(); e.accumulate(); e.summarize()
         return e.stats
     return quietly(run)
@@ -118,11 +128,14 @@ WORK = dict(ap_ours=lambda gt, dt, folder, n: instance_ap(*first(gt, dt, folder,
             pq_ours=pq_ours, pq_panopticapi=pq_panopticapi)
 
 
+REFERENCES = dict(pycocotools=pycocotools_ap) | ({'faster-coco-eval': faster_ap} if importlib.util.find_spec('faster_coco_eval') else {})
+
 def bench_ap(name, gt, dt, iou_type, repeats):
-    ours, theirs = instance_ap(gt, dt, iou_type=iou_type), pycocotools_ap(gt, dt, iou_type)
-    worst = max(abs(a - b) for a, b in zip(ours.values(), theirs))
-    a, b = alternate(lambda: instance_ap(gt, dt, iou_type=iou_type), lambda: pycocotools_ap(gt, dt, iou_type), repeats)
-    return line(f'AP {iou_type}, {name}', a, b, 's', 1, worst)
+    for reference, ap in REFERENCES.items():
+        ours, theirs = instance_ap(gt, dt, iou_type=iou_type), ap(gt, dt, iou_type)
+        worst = max(abs(a - b) for a, b in zip(ours.values(), theirs))
+        a, b = alternate(lambda: instance_ap(gt, dt, iou_type=iou_type), lambda: ap(gt, dt, iou_type), repeats)
+        yield line(f'AP {iou_type}, {name}; {reference}', a, b, 's', 1, worst)
 
 
 # PQ
@@ -174,10 +187,10 @@ def moved_truth(gt, gt_dir, folder, seed=0):
 def rows(n_images, repeats, tmp):
     ap, coco26 = SHARED/'ap', SHARED/'coco26'
     if ap.exists():
-        for t in ('segm', 'bbox'): yield bench_ap('the 100 images of cocoapi', ap/'instances_val2014_100.json', ap/f'instances_val2014_fake{t}100_results.json', t, repeats)
+        for t in ('segm', 'bbox'): yield from bench_ap('the 100 images of cocoapi', ap/'instances_val2014_100.json', ap/f'instances_val2014_fake{t}100_results.json', t, repeats)
     else: yield f'| AP, the 100 images of cocoapi | {ap} is not here | | | | |'
     n, m = synthetic_instances(tmp, n_images)
-    for t in ('segm', 'bbox'): yield bench_ap(f'{n_images} images, {n} objects, {m} detections', tmp/'gt.json', tmp/f'{t}.json', t, max(repeats // 3, 1))
+    for t in ('segm', 'bbox'): yield from bench_ap(f'{n_images} images, {n} objects, {m} detections', tmp/'gt.json', tmp/f'{t}.json', t, max(repeats // 3, 1))
     (tmp/'p').mkdir(); gt, pred = synthetic_panoptic(tmp/'p', 40)
     for name, x in (('gt', gt), ('pred', pred)): write_json(tmp/'p'/f'{name}.json', x)
     try: import panopticapi
@@ -205,7 +218,7 @@ def main():
     args = p.parse_args()
     with tempfile.TemporaryDirectory() as tmp:
         times, peaks = list(rows(args.images, args.repeats, Path(tmp))), list(memory(args.images, Path(tmp))) if Path('/proc/self/clear_refs').exists() else []
-    text = heading('AP and PQ beside the reference evaluators', 1, ['numpy'], 'Both sides read the same files, in one process, in turns; medians. References: pycocotools 2.0.11 and panopticapi\'s `pq_compute_single_core`.')
+    text = heading('AP and PQ beside the reference evaluators', 1, ['numpy'], f'Both sides read the same files, in one process, in turns; medians. References: {", ".join(f"{r} {version(r)}" for r in REFERENCES)} and panopticapi\'s `pq_compute_single_core`.')
     text += ['| what | u2seg | reference | ratio of wall times | of CPU times | largest difference of the results |', '|---|---|---|---|---|---|', *times, '']
     if peaks: text += ['Peak memory, each in a process of its own, above its imports:', '', '| what | u2seg | reference |', '|---|---|---|', *peaks, '',
                        'AP needs what the JSON files hold, so it grows with them; PQ keeps one picture at a time, so what grows is the list of segments.']
