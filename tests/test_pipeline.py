@@ -14,7 +14,7 @@ before_truth = ['maskcut', 'cutler', 'cluster', 'stego', 'panoptic', 'train']
 
 
 def run(clone, *cmd, ok=True):
-    env = os.environ | {'PATH': f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", 'PYTHONPATH': str(clone), 'DVC_NO_ANALYTICS': '1'}
+    env = os.environ | {'PATH': f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", 'PYTHONPATH': str(clone), 'DVC_NO_ANALYTICS': '1', 'U2SEG_THREADS': '1'}
     p = subprocess.run(cmd, cwd=clone, env=env, capture_output=True, text=True)
     assert (p.returncode == 0) == ok, f'{" ".join(cmd)}\n{p.stdout[-3000:]}\n{p.stderr[-6000:]}'
     return p.stdout + p.stderr
@@ -72,7 +72,7 @@ def results(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() fo
 
 def test_two_workers_write_what_one_does(clone):
     "Whole stages as torchrun starts them: one labeller and one clustering for all, files that everyone collects, predictions that are shared."
-    env = os.environ | {'PATH': f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", 'PYTHONPATH': str(clone), 'OMP_NUM_THREADS': '1'}
+    env = os.environ | {'PATH': f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", 'PYTHONPATH': str(clone), 'U2SEG_THREADS': '1'}
     for stage in ('cluster', 'stego', 'panoptic', 'evaluate'):
         right = results(clone/'out'/stage)
         shutil.rmtree(clone/'out'/stage); shutil.rmtree(clone/'out'/'.work'/stage, ignore_errors=True)

@@ -125,6 +125,21 @@ def test_a_folder_of_data_that_is_missing_is_named(repo):
         with pytest.raises(ValueError, match='which is no folder'): S.check_data(root)
 
 
+def test_results_do_not_depend_on_the_threads_of_the_environment(repo, monkeypatch):
+    root = repo(); path = root/'nbs'/'10_run_one.ipynb'; nb = nbformat.read(path, 4)
+    nb.cells[3].source = "import os, torch\ntorch.get_num_threads(), os.environ['MKL_NUM_THREADS'], os.environ['OPENBLAS_NUM_THREADS']"; nbformat.write(nb, path)
+    def threads(**env):
+        with monkeypatch.context() as m:
+            for k in ('OMP', 'MKL', 'OPENBLAS'): m.setenv(f'{k}_NUM_THREADS', '3')
+            m.delenv('U2SEG_THREADS', raising=False)
+            for k, v in env.items(): m.setenv(k, v)
+            S.run_stage('one', root)
+        return nbformat.read(root/'out'/'one'/'run.ipynb', 4).cells[-1].outputs[0].data['text/plain']
+    assert threads() == "(2, '2', '2')" and threads(U2SEG_THREADS='1') == "(1, '1', '1')"
+    for wrong in ('0', 'all', ''):
+        with pytest.raises(ValueError, match='U2SEG_THREADS'): threads(U2SEG_THREADS=wrong)
+
+
 def test_failing_stage_is_one_sentence_and_leaves_no_output(repo):
     root = repo(name='boom')
     with pytest.raises(SystemExit, match='stage one: RuntimeError: it broke'): S.run_stage('one', root)

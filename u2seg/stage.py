@@ -118,14 +118,15 @@ def run_stage(stage:str, root:str|Path='.'):
     "Execute a stage's notebook with its section of `params.yaml`; keep it as `out/<stage>/run.ipynb`."
     import papermill
     from traitlets.config import Config
-    source = stage_notebook(root, stage)
+    source, threads = stage_notebook(root, stage), os.environ.get('U2SEG_THREADS', '2')
+    if not threads.isdecimal() or int(threads) < 1: raise ValueError(f'the variable U2SEG_THREADS must be a number of CPU threads, got {threads!r}')
     nb = nbformat.read(source, 4)
     values = stage_values(stage, load_params(root), declared(nb))
     run_check(nb, values | {'root': str(root)})
     out, scratch = Path(root, 'out', stage), Path(root, 'out', '.work', stage)
     out.mkdir(parents=True, exist_ok=True); scratch.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault('TQDM_MININTERVAL', '5')                       # each line of progress is a message that papermill has to handle
-    os.environ.setdefault('OMP_NUM_THREADS', '2')                        # the same on every machine, for the same bytes; small tensors gain nothing from more
+    for library in ('OMP', 'MKL', 'OPENBLAS'): os.environ[f'{library}_NUM_THREADS'] = threads
     rank, world = _worker()
     kept = scratch/(f'run_{rank}.ipynb' if world > 1 else 'run.ipynb')
     with tempfile.TemporaryDirectory() as sockets:                       # of the kernel's own, so that two runs never meet
