@@ -1,5 +1,5 @@
 """Readers and writers against independent implementations, and every kind of bad file."""
-import json, os, zlib
+import io, json, os, struct, zlib
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +78,52 @@ def test_exif_rotation(tmp_path, tag, turn):
     assert (I.read_image(tmp_path/'a.png') == turn(x)).all()
 
 
+def with_exif(entries, extra=b''):
+    "A JPEG with a red corner, upper left as stored, and an EXIF block of these (tag, type, count, value)."
+    x = np.full((40, 60, 3), 90, np.uint8); x[:20, :20] = (250, 30, 30)
+    b = io.BytesIO(); Image.fromarray(x).save(b, 'JPEG', quality=95)
+    block = b'II*\0\x08\0\0\0' + struct.pack('<H', len(entries)) + b''.join(struct.pack('<HHI', *e[:3]) + e[3] for e in entries) + bytes(4) + extra
+    return b.getvalue()[:2] + b'\xff\xe1' + struct.pack('>H', len(block) + 8) + b'Exif\0\0' + block + b.getvalue()[2:]
+
+@pytest.mark.parametrize('odd', [(0x11A, 10, 1, struct.pack('<I', 38)), (0x11A, 2, 4, b'72 \0'), (0x11A, 2, 4, b'\xff\xfe\0\0'), (0x10F, 3, 1, bytes(4))])
+def test_odd_metadata_does_not_refuse_pixels_or_hide_the_turn(tmp_path, odd):
+    (tmp_path/'a.jpg').write_bytes(with_exif([(0x112, 3, 1, struct.pack('<HH', 6, 0)), odd], struct.pack('<ii', -1, 0)))
+    out = I.read_image(tmp_path/'a.jpg')
+    assert out.shape == (60, 40, 3) and out[5, -5, 0] > 200 and out[5, 5, 0] < 120
+
+@pytest.mark.parametrize('odd', [(0x112, 2, 4, b'six\0'), (0x112, 3, 1, struct.pack('<HH', 9, 0)), (0x112, 5, 1, struct.pack('<I', 9999))])
+def test_a_turn_that_cannot_be_read_turns_nothing(tmp_path, odd):
+    (tmp_path/'a.jpg').write_bytes(with_exif([(0x11A, 2, 4, b'72 \0'), odd]))
+    out = I.read_image(tmp_path/'a.jpg')
+    assert out.shape == (40, 60, 3) and out[5, 5, 0] > 200
+
+
+RAMP = np.tile(np.linspace(0, 1000, 64, dtype=np.float32), (8, 1))
+
+@pytest.mark.parametrize('odd', [np.nan, np.inf, -np.inf, -9999, -32768, 3.4028235e38, -3.4028235e38])
+def test_pixels_without_a_value_leave_the_others_their_greys(tmp_path, odd):
+    Image.fromarray(RAMP).save(tmp_path/'plain.tif')
+    x = RAMP.copy(); x[0, 9] = odd
+    Image.fromarray(x).save(tmp_path/'odd.tif')
+    out, plain = (I.read_image(tmp_path/f'{n}.tif') for n in ('odd', 'plain'))
+    assert (out[0, 9] == 0).all() and (out != plain).sum() == 3 and len(np.unique(out)) == 64
+
+@pytest.mark.parametrize('low,high,kind', [(0, 1, float), (0, .01, float), (-1, 1, float), (290, 310, float), (0, 300, int), (0, 4095, int), (100, 16383, int)])
+def test_the_range_of_deep_grey_is_used(tmp_path, low, high, kind):
+    x = low + RAMP.astype(np.float64) / 1000 * (high - low)
+    Image.fromarray(x.astype(np.uint16 if kind is int else np.float32)).save(tmp_path/'a.tif')
+    out = I.read_image(tmp_path/'a.tif')
+    assert (out[:, 0] == 0).all() and (out[:, -1] == 255).all() and len(np.unique(out)) == 64 and (np.diff(out[0, :, 0].astype(int)) > 0).all()
+
+def test_ordinary_greys_keep_their_values(tmp_path):
+    eight = np.random.default_rng(0).integers(30, 200, (9, 9), dtype=np.uint8)
+    Image.fromarray(eight).save(tmp_path/'8.png'); Image.fromarray(eight.astype(np.uint16) * 257).save(tmp_path/'16.png')
+    for name in ('8', '16'): assert (I.read_image(tmp_path/f'{name}.png') == eight[..., None]).all()
+    for nothing in (np.nan, -9999, 7):
+        Image.fromarray(np.full((3, 4), nothing, np.float32)).save(tmp_path/'a.tif')
+        assert (I.read_image(tmp_path/'a.tif') == 0).all()
+
+
 def test_one_pixel_and_very_wide(tmp_path):
     assert I.read_image(png(tmp_path/'one.png', np.zeros((1, 1, 3), np.uint8))).shape == (1, 1, 3)
     assert I.read_image(png(tmp_path/'wide.png', np.zeros((3, 20_000, 3), np.uint8))).shape == (3, 20_000, 3)
@@ -134,6 +180,30 @@ def test_listing_is_sorted_nested_and_stable(tmp_path):
         (tmp_path/name).write_bytes(b'')
     assert [i['file_name'] for i in I.list_images(tmp_path, ['b', 'a'])] == ['b/10.JPG', 'b/2.png', 'a/x/1.webp']
     assert [i['id'] for i in I.list_images(tmp_path, ['b', '.'])] == [1, 2, 3]    # a folder inside another is listed once
+
+
+def test_linked_folders_are_followed_once(tmp_path):
+    for name in ('disk/a/1.jpg', 'disk/b/2.jpg', 'photos/real/3.jpg'):
+        (tmp_path/name).parent.mkdir(parents=True, exist_ok=True); (tmp_path/name).write_bytes(b'')
+    for link, to in (('photos/a', '../disk/a'), ('photos/b', '../disk/b'), ('photos/twice', '../disk/a'), ('photos/areal', 'real'), ('photos/loop', '.'), ('disk/b/up', '../..'), ('photos/3.jpg', 'gone.jpg'), ('all', 'photos')):
+        (tmp_path/link).symlink_to(to)
+    found = ['3.jpg', 'a/1.jpg', 'b/2.jpg', 'real/3.jpg']                     # the link to no file is named by whoever reads it
+    assert [i['file_name'] for i in I.list_images(tmp_path, ['photos'])] == [f'photos/{f}' for f in found]
+    assert [i['file_name'] for i in I.list_images(tmp_path, ['all'])] == [f'all/{f}' for f in found]
+    assert [i['file_name'] for i in I.list_images(tmp_path/'disk', ['b'])] == ['b/2.jpg']
+
+
+@pytest.mark.parametrize('name', ['x' * 251 + '.png', 'é' * 125 + '.png'])
+def test_names_of_the_largest_length(tmp_path, name):
+    I.write_png(tmp_path/name, np.zeros((3, 4), np.uint8))
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_small_images_are_packed_tightly_and_large_ones_quickly(tmp_path):
+    for side, how in ((128, dict(optimize=True)), (256, dict(compress_level=3))):
+        x = np.random.default_rng(0).integers(0, 9, (side, side, 3), dtype=np.uint8)
+        b = io.BytesIO(); Image.fromarray(x).save(b, 'PNG', **how)
+        I.write_png(tmp_path/'a.png', x); assert (tmp_path/'a.png').read_bytes() == b.getvalue()
 
 
 def test_annotation_of_an_unknown_image_is_refused():

@@ -96,6 +96,14 @@ def test_find_images(tmp_path):
     assert len({i['overlay'] for i in items}) == 4                         # a.bmp and a.png do not overwrite each other
     with pytest.raises(ValueError, match='no such picture'): find_images(tmp_path/'*.tif')
 
+def test_links_and_long_names(weights, tmp_path):
+    for n in ('x' * 251 + '.png', 'y' * 252 + '.im'): write_png(tmp_path/'disk'/'long.png', picture()); (tmp_path/'disk'/'long.png').rename(tmp_path/'disk'/n)
+    (tmp_path/'in').mkdir(); (tmp_path/'in'/'a').symlink_to('../disk'); (tmp_path/'in'/'loop').symlink_to('.'); (tmp_path/'in'/'gone.png').symlink_to('nothing')
+    told = predict_folder([tmp_path/'in', str(tmp_path/'in'/'**'/'*.*'), tmp_path/'disk'], weights, tmp_path/'out', device='cpu')
+    assert told['images'] == 2 and len(list((tmp_path/'out'/'overlay').rglob('*.png'))) == 2           # each file once, whatever leads to it
+    (skipped,) = read_json(tmp_path/'out'/'skipped.json')
+    assert skipped['file_name'].endswith('gone.png') and 'no such file' in skipped['reason']
+
 def test_folder_files_resume_and_faults(weights, tmp_path, monkeypatch):
     for i in range(4): write_png(tmp_path/'in'/f'{i}.png', picture(i))
     (tmp_path/'in'/'bad.jpg').write_bytes(b'\xff\xd8broken')
@@ -157,9 +165,19 @@ def test_one_picture_too_large_is_one_sentence(weights, monkeypatch):
     def full(self, images): raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
     monkeypatch.setattr(U2Seg, '_batch', full)
     with pytest.raises(ValueError, match='one picture of 64 x 48 pixels; make it smaller'): model.predict([picture(), picture()])
-    def bug(self, images): raise RuntimeError('a fault of the program')
-    monkeypatch.setattr(U2Seg, '_batch', bug)
-    with pytest.raises(RuntimeError, match='of the program'): model.predict(picture())
+    for kind in (RuntimeError, NotImplementedError, torch.linalg.LinAlgError, torch.AcceleratorError):
+        def bug(self, images): raise kind('a fault of the program')
+        monkeypatch.setattr(U2Seg, '_batch', bug)
+        with pytest.raises(kind, match='of the program'): model.predict([picture(), picture()])
+
+@pytest.mark.parametrize('device', ['gpu', 'CPU', 'cpu:1', 'mps', 'cuda:99', 'meta', '', 7.5])
+def test_a_device_that_is_not_there_is_one_sentence(weights, device):
+    with pytest.raises(ValueError, match=f"^device '{device}' is not there; this machine has cpu[^\\n]*$"): U2Seg.from_pretrained(weights, device=device)
+
+def test_devices_that_are_there(weights):
+    assert U2Seg.from_pretrained(weights, device='cpu:0').device == U2Seg.from_pretrained(weights, device=torch.device('cpu')).device == 'cpu'
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="device 'cuda' is not there; this machine has cpu$"): U2Seg.from_pretrained(weights, device='cuda')
 
 def test_names_of_the_stage_evaluate(weights, tmp_path):
     import hashlib, shutil
@@ -183,8 +201,15 @@ def test_command_line(weights, tmp_path, capsys, monkeypatch):
     write_png(tmp_path/'a.png', picture()); (tmp_path/'b.jpg').write_bytes(b'x')
     assert main(['predict', str(tmp_path/'*.*g'), '--weights', str(weights), '--out', str(tmp_path/'out'), '--device', 'cpu']) == 0
     assert '1 picture, ' in (said := capsys.readouterr().out) and '1 could not be read' in said
+    assert main(['predict', str(tmp_path/'a.png'), '--weights', str(weights), '--out', str(tmp_path/'out2'), '--device', 'gpu']) == 1
+    assert capsys.readouterr().err == "u2seg: device 'gpu' is not there; this machine has cpu" + ''.join(f', cuda:{i}' for i in range(torch.cuda.device_count())) + '\n'
     monkeypatch.chdir(tmp_path)
     assert main(['predict', 'a.png']) == 1 and 'dvc pull' in (err := capsys.readouterr().err) and err.count('\n') == 1
+
+def test_the_module_is_the_command():
+    import subprocess, sys
+    done = subprocess.run([sys.executable, '-m', 'u2seg.cli', 'predict', 'no/such/file.jpg'], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == 'u2seg: no/such/file.jpg: no such picture or folder\n'
 
 def test_layers(weights):
     p = U2Seg.from_pretrained(weights, device='cpu').predict(picture())

@@ -108,3 +108,6 @@ def main(argv:list[str]|None=None)->int: # exit status
     except (ValueError, OSError) as e:                # a disk that is full or read-only is no fault of the program either
         print(f'u2seg: {e}', file=sys.stderr); return 1
     return 0
+
+# %% ../nbs/95_cli.ipynb #module
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())
