@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from matplotlib.figure import Figure
-from u2seg.show import PALETTE, grid, overlay, overlay_masks, png_bytes, save_figure
+from u2seg.show import grid, overlay, overlay_masks, PALETTE, png_bytes, readable, save_figure
 
 
 @pytest.fixture
@@ -61,8 +61,21 @@ def test_small_masks_stay_visible(photo):
 def test_wrong_arguments_are_named(photo):
     with pytest.raises(ValueError, match=r'\[4, 4, 3\].*\[9, 13, 3\]'): overlay(photo, np.zeros((4, 4), int))
     with pytest.raises(ValueError, match='float64'): overlay(photo/255, np.zeros((9, 13), int))
-    with pytest.raises(ValueError, match='at least one'): grid([], n_columns=2)
     with pytest.raises(ValueError, match='1 strings, got 2'): grid([photo], n_columns=2, titles=['a', 'b'])
+
+
+def test_a_figure_shows_what_can_be_read(photo):
+    def read(i):
+        if i in broken: raise OSError(f'{i}.jpg: gone')
+        return i * i
+    for n, broken in ((0, set()), (1, set()), (3, {1}), (100, {0, 33, 34, 99}), (5, set(range(5)))):
+        shown = readable(range(n), 4, read)
+        numbers = [i for i, _ in shown]
+        assert all(v == i * i for i, v in shown) and numbers == sorted(set(numbers) - broken) and len(numbers) <= 4
+        if n - len(broken) > 50: assert numbers == [1, 35, 66]
+        elif not broken: assert numbers == list(range(n))
+        png_bytes(grid([photo for _ in shown], n_columns=4, titles=[str(i) for i in numbers]))
+    with pytest.raises(ZeroDivisionError): readable([0], 1, lambda i: 1 / i)                         # a fault of the program
 
 
 def test_figures_have_the_same_small_bytes(tmp_path):

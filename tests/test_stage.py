@@ -3,6 +3,7 @@ import json, os, random, signal, subprocess, sys, time
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 import yaml
 
@@ -98,6 +99,24 @@ def test_bad_parameters_fail_before_any_work(repo, change, message):
     with pytest.raises(ValueError, match=message): S.check_stages(repo(**change))
     with pytest.raises(ValueError, match=message): S.run_stage('one', repo(**change))
     assert not (repo()/'out').exists()
+
+
+@pytest.mark.parametrize('text,number', [('1e-5', 1e-5), ('1e-05', 1e-5), ('1E5', 1e5), ('+5e-1', .5), ('-.5e1', -5.), ('5.e3', 5000.)])
+def test_a_number_that_yaml_reads_as_text_is_a_number_where_one_is_asked_for(repo, text, number):
+    root = repo()
+    def values(**section):
+        (root/'params.yaml').write_text(f"one: {{{', '.join(f'{k}: {v}' for k, v in (dict(a=1, b=.5, name='x', many='[1]') | section).items())}}}\n")
+        return S.stage_params(root, 'one')
+    assert yaml.safe_load(f'b: {text}')['b'] == text                                       # otherwise nothing is shown here
+    assert values(b=text)['b'] == number and values(many=f'[2, {text}]')['many'] == [2, number] and values(name=text)['name'] == text
+    assert values(a='1e1')['a'] == 10
+    with pytest.raises(ValueError, match='one.a must be int, got 1e-05'): values(a='1e-5')
+    with pytest.raises(ValueError, match="one.b must be float, got '1e'"): values(b='1e')
+
+
+def test_metrics_hold_no_nan(tmp_path):
+    S.write_metrics(tmp_path/'metrics.json', dict(mean=np.float32('nan'), n=np.int64(3), deep=[dict(a=float('-inf'))], good=.1))
+    assert json.loads((tmp_path/'metrics.json').read_text(), parse_constant=lambda name: pytest.fail(name)) == dict(mean=None, n=3, deep=[dict(a=None)], good=.1)
 
 
 def test_an_int_serves_as_a_float(repo): assert S.check_stages(repo(b=1)) == ['one']
