@@ -113,6 +113,21 @@ def test_integer_product_is_at_least_as_good_as_float32(n, seed, scale):
     error = (link_product(links, u).double() - exact[..., 0]).abs().max()
     assert error <= 1e-7*(exact.abs().max() + u.abs().max())
 
+@given(st.integers(2, 400), st.integers(0, 99), st.sampled_from([1e-20, 1e-3, 1., 1e6]))
+@settings(max_examples=30, deadline=None)
+def test_integer_product_has_the_bits_of_its_definition(n, seed, scale):
+    "Four digits to the base 128, each summed by itself in whole numbers."
+    links = (torch.rand(n, n, generator=rng(seed)) > .4).to(torch.int8)
+    u = scale*torch.randn(n, generator=rng(seed + 1))
+    rest, total = u.double(), torch.zeros(n, dtype=torch.float64)
+    for k in (6, 13, 20, 27):
+        unit = 2.**(u.abs().max().frexp().exponent.item() - k)
+        digit = (rest/unit).round()
+        assert digit.abs().max() <= 64                      # a byte holds it
+        rest = rest - digit*unit
+        total += unit*(links.long() @ digit.long()).double()
+    assert torch.equal(link_product(links[None], u[None])[0], total.float())
+
 def test_product_with_zero_is_zero():
     assert (link_product(torch.ones(1, 5, 5, dtype=torch.int8), torch.zeros(1, 5)) == 0).all()
 

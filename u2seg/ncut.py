@@ -42,8 +42,7 @@ def _fixed_point_product(links, u):
     unit = torch.ldexp(torch.ones(4, dtype=torch.float64), torch.frexp(u.abs().max()).exponent - torch.tensor([6, 13, 20, 27]))
     whole = (u/unit[:, None]).round_()                     # [4, n], float64
     whole[1:] -= 128*whole[:-1]                            # what each digit adds to the ones before it
-    sums = [torch._int_mm(links, c[:, None]) for c in whole.to(torch.int8)]
-    return (torch.cat(sums, 1).double() @ unit).to(u.dtype)
+    return (torch._int_mm(links, whole.to(torch.int8).T).double() @ unit).to(u.dtype)
 
 def link_product(links:Tensor, # [b, n, n] from `token_links`
                  u:Tensor,     # float32 [b, n]
