@@ -9,8 +9,9 @@ __all__ = ['DEFAULTS', 'BLOCKS', 'CHOICES', 'MEAN', 'STD', 'BUFFERS', 'check_con
            'rpn_losses', 'grouped_nms', 'top_proposals', 'nonempty', 'RPN', 'region_levels', 'Pooler', 'BoxHead',
            'BoxPredictor', 'MaskHead', 'all_labels', 'label_regions', 'sample_regions', 'droploss_weights',
            'process_share', 'box_losses', 'mask_targets', 'choose', 'RoIHeads', 'cascade_losses', 'mask_loss',
-           'detections', 'SemSegHead', 'paste_masks', 'combine', 'PanopticRCNN', 'padded_sem', 'results', 'build_model',
-           'read_weights', 'rename_weights', 'Loaded', 'load_weights', 'save_weights', 'read_config']
+           'detections', 'SemSegHead', 'paste_masks', 'combine', 'padded_size', 'companions', 'PanopticRCNN',
+           'padded_sem', 'results', 'build_model', 'read_weights', 'rename_weights', 'Loaded', 'load_weights',
+           'save_weights', 'read_config']
 
 # %% ../nbs/30_model.ipynb #imports
 import math, numbers, pickle, re
@@ -694,6 +695,19 @@ def combine(masks:Tensor,  # bool [n, H, W]
         segments.append(dict(id=len(segments) + 1, isthing=False, category_id=n_things + c, area=n))
     return ids, segments
 
+# %% ../nbs/30_model.ipynb #companions
+def padded_size(sizes:list[tuple[int, int]], # (height, width) of each image
+                stride:int)->tuple[int, int]: # (height, width)
+    "The smallest size that holds all images and divides by `stride`."
+    return tuple(-(-max(s) // stride) * stride for s in zip(*sizes))
+
+def companions(sizes:list[tuple[int, int]], # (height, width) of each image
+               stride:int, device:torch.device)->list[list[int]]: # positions in `sizes`
+    "Which images go through the network together at test time: on a GPU those padded to one size, on a CPU none."
+    groups = {}
+    for i, s in enumerate(sizes): groups.setdefault(i if device.type == 'cpu' else padded_size([s], stride), []).append(i)
+    return list(groups.values())
+
 # %% ../nbs/30_model.ipynb #PanopticRCNN
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
@@ -720,10 +734,12 @@ class PanopticRCNN(nn.Module):
         names = ['loss_rpn_cls', 'loss_rpn_loc', *(f'loss_{kind}_stage{k}' for k in stages for kind in ('cls', 'box_reg')), 'loss_mask', *(['loss_sem_seg'] if self.sem_seg_head else [])]
         return {k: zero for k in names}
 
-    def batch(self, images): # -> [b, 3, H, W], sides multiples of the coarsest trunk stride; sizes
-        sizes, d = [tuple(x.shape[-2:]) for x in images], self.backbone.strides[-2]
-        H, W = (-(-max(s[i] for s in sizes) // d) * d for i in (0, 1))
-        out = self.pixel_mean.new_zeros(len(images), 3, H, W).to(memory_format=torch.channels_last)
+    @property
+    def stride(self)->int: return self.backbone.strides[-2] # the trunk's coarsest; images are padded to multiples of it
+
+    def batch(self, images): # -> [b, 3, H, W], sides multiples of the stride; sizes
+        sizes = [tuple(x.shape[-2:]) for x in images]
+        out = self.pixel_mean.new_zeros(len(images), 3, *padded_size(sizes, self.stride)).to(memory_format=torch.channels_last)
         for o, x, (h, w) in zip(out, images, sizes): o[:, :h, :w] = (x.to(o) - self.pixel_mean) / self.pixel_std
         return out, sizes
 
@@ -732,6 +748,10 @@ class PanopticRCNN(nn.Module):
                 sizes:list|None=None): # (height, width) of each result; None: the picture's own
         if self.training and targets is None: raise ValueError('training needs targets')
         if not images: return self.nothing() if self.training else []
+        parts = [] if self.training else companions([x.shape[-2:] for x in images], self.stride, self.pixel_mean.device)
+        if len(parts) > 1:
+            found = {i: f for p in parts for i, f in zip(p, self([images[i] for i in p], sizes=sizes and [sizes[i] for i in p]))}
+            return [found[i] for i in range(len(images))]
         x, shapes = self.batch(images)
         features, targets = self.backbone(x), targets if self.training else None
         proposals, losses = self.proposal_generator(features, shapes, targets)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+from PIL import Image
 from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -485,20 +485,19 @@ def detect(model:nn.Module,      # in eval mode: images -> [{boxes, scores, labe
     "Detections on pictures as COCO annotations; resumes, and shares the work under torchrun or `launch`."
     model.eval()
     work = functools.partial(_detect, model, min_score=min_score, n_max=n_max, short=short, max_size=max_size, category_ids=category_ids)
-    records, skipped = sharded(images, lambda im: (im, read_image(Path(root)/im['file_name'])), work, folder, key=dict(weights=weights_digest(model), min_score=min_score, n_max=n_max, short=short, max_size=max_size, batch_size=batch_size, category_ids=category_ids),
+    records, skipped = sharded(images, lambda im: (im, read_image(Path(root)/im['file_name'])), work, folder, key=dict(weights=weights_digest(model), min_score=min_score, n_max=n_max, short=short, max_size=max_size, category_ids=category_ids),
                                shard_size=64, batch_size=batch_size, desc='detecting')
     return [r['image'] for r in records], [a for r in records for a in r['annotations']], skipped
 
 # %% ../nbs/32_train.ipynb #predict
-@torch.no_grad()
+@torch.inference_mode()
 def predict(model:nn.Module,      # in eval mode
             images:list[np.ndarray], # uint8 [H, W, 3]
-            *, short:int, max_size:int)->list[dict]: # results at the pictures' own sizes
-    "Run the model on pictures of any size."
+            *, short:int, max_size:int)->list[dict]: # results at the images' own sizes, in their order
+    "Run the model on images of any size, resized as bytes by Pillow as in the official code; none changes the result of another."
     device, sizes = next(model.parameters()).device, [im.shape[:2] for im in images]
-    seen = [torch.from_numpy(im.transpose(2, 0, 1).copy()) for im in images]
-    seen = [F.interpolate(x[None].float(), short_side(s, short, max_size), mode='bilinear', antialias=True)[0] if short_side(s, short, max_size) != tuple(s) else x.float() for x, s in zip(seen, sizes)]
-    return model([x.to(device) for x in seen], sizes=sizes)
+    seen = [Image.fromarray(im).resize(short_side(s, short, max_size)[::-1], Image.Resampling.BILINEAR) for im, s in zip(images, sizes)]
+    return model([torch.from_numpy(np.array(x)).permute(2, 0, 1).to(device) for x in seen], sizes=sizes)
 
 def _detect(model, loaded, *, min_score, n_max, short, max_size, category_ids):
     "Records of one batch."

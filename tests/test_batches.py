@@ -1,0 +1,93 @@
+"What an image gives does not depend on the images beside it: alone, together, in another order, in other batches, the same bytes."
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+
+from u2seg.evaluate import model_records
+from u2seg.images import write_png
+from u2seg.model import build_model, save_weights
+from u2seg.predict import U2Seg, predict_folder
+from u2seg.train import detect
+
+NETWORK = dict(n_things=3, n_stuff=3, depth=18, width=8, n_blocks=[1, 1, 1, 1], norm='BN', fpn_norm='BN', fpn_channels=16, fc_dim=16, mask_dim=8, n_mask_convs=1, sem_dim=16, rpn_pre_test=40,
+               rpn_post_test=20, decode='objectness', max_detections=4, score_threshold=0., panoptic_score=0., panoptic_area=20, min_size=64, max_size=128)
+SIZES = [(48, 64), (64, 48), (30, 120), (48, 64), (128, 40), (64, 64), (20, 25), (96, 70), (48, 64)]
+
+def digest(x)->str:
+    "Of nested dicts, lists, arrays and numbers."
+    def parts(x):
+        if isinstance(x, dict): return [p for k in sorted(x) for p in (str(k), *parts(x[k]))]
+        if isinstance(x, (list, tuple)): return [str(len(x)), *(p for v in x for p in parts(v))]
+        x = np.asarray(x.cpu() if isinstance(x, torch.Tensor) else x)
+        return [str(x.dtype), str(x.shape), x.tobytes().hex()]
+    return hashlib.sha256('|'.join(parts(x)).encode()).hexdigest()
+
+def independent(run, items, sizes=(2, 16)):
+    "`run(items, batch_size)` gives one result an item, the same in any company; and not the same for all."
+    alone = [digest(run([x], 1)[0]) for x in items]
+    assert len(set(alone)) > len(items) / 2
+    order = np.random.default_rng(0).permutation(len(items)).tolist()
+    for b in sizes:
+        assert [digest(r) for r in run(items, b)] == alone, f'batches of {b}'
+        assert [digest(r) for r in run([items[i] for i in order], b)] == [alone[i] for i in order], f'another order, batches of {b}'
+        assert [digest(r) for r in run(items[:3], b)] == alone[:3], f'fewer, batches of {b}'
+
+@pytest.fixture(scope='module')
+def images():
+    "Smooth blobs of colour, so that detections differ."
+    rng = np.random.default_rng(1)
+    return [np.kron(rng.integers(0, 256, (-(-h // 8), -(-w // 8), 3), dtype=np.uint8), np.ones((8, 8, 1), np.uint8))[:h, :w] for h, w in SIZES]
+
+@pytest.fixture(scope='module')
+def folder(images, tmp_path_factory):
+    root = tmp_path_factory.mktemp('images')
+    for i, im in enumerate(images, 1): write_png(root/f'{i}.png', im)
+    return root
+
+@pytest.fixture(scope='module')
+def items(images): return [dict(id=i, file_name=f'{i}.png') for i in range(1, len(images) + 1)]
+
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp('model')/'model.safetensors'
+    torch.manual_seed(0)
+    save_weights(build_model(NETWORK), path)
+    return path
+
+@pytest.fixture(scope='module')
+def student(weights): return U2Seg.from_pretrained(weights, device='cpu')
+
+def test_network(student, images):
+    def run(images, batch_size):
+        with torch.inference_mode(): return student.model([torch.from_numpy(im).permute(2, 0, 1) for im in images])
+    independent(run, [im for im in images if min(im.shape[:2]) > 32], [1])
+
+def test_predict(student, images):
+    run = lambda images, b: [dict(boxes=p.boxes, scores=p.scores, categories=p.categories, masks=p.masks, semantic=p.semantic, ids=p.ids, segments=[s['area'] for s in p.segments])
+                             for p in student.predict(images, batch_size=b)]
+    independent(run, images)
+    independent(lambda images, b: run(images, None), images, [1])
+
+def test_detect(student, folder, items, tmp_path):
+    def run(items, b):
+        images, notes, _ = detect(student.model, folder, items, min_score=0., n_max=9, batch_size=b, short=64, max_size=128, folder=tmp_path/str(len(list(tmp_path.iterdir()))))
+        return [[im['width'], im['height'], *([a['score'], a['category_id'], a['segmentation']['counts']] for a in notes if a['image_id'] == im['id'])] for im in images]
+    independent(run, items)
+
+def test_evaluation(student, folder, items):
+    keep = lambda r: {k: [s['area'] for s in v] if k == 'segments' else [[d['score'], d['bbox'], d['segmentation']['counts']] for d in v] if k == 'instances' else v for k, v in r.items()}
+    def run(items, b):
+        found = model_records(student.model, folder, items, batch_size=b)
+        return [keep(found[im['id']]) for im in items]
+    independent(run, items)
+
+def test_predict_folder(weights, folder, images, tmp_path):
+    "Other images beside an image change none of its files."
+    seen = {}
+    for k, (names, b) in enumerate([([f'{i}.png' for i in range(1, len(images) + 1)], None), (['1.png', '3.png', '5.png'], 2), (['5.png'], 1)]):
+        out = tmp_path/str(k)
+        predict_folder([folder/n for n in names], weights, out, batch_size=b, device='cpu')
+        for n in names: assert seen.setdefault(n, (out/'overlay'/n).read_bytes()) == (out/'overlay'/n).read_bytes(), n
+    assert len(set(seen.values())) > len(seen) / 2
