@@ -52,7 +52,7 @@ def test_other_and_incomplete_checkpoints_are_refused(tmp_path):
     state = build_model(SMALL | dict(n_things=2, n_stuff=1)).state_dict()
     plain = {k.replace('box_predictor.0.', 'box_predictor.'): v for k, v in state.items()}
     half = {k: v for k, v in state.items() if 'mask_head.predictor' not in k}
-    for given, message in ((plain, 'not a Cascade'), (half, 'incomplete: .*mask_head.predictor'), ({'a': torch.zeros(1)}, 'residual blocks')):
+    for given, message in ((plain, 'not a Cascade'), (half, 'incomplete: .*mask_head.predictor'), ({'a': torch.zeros(1)}, 'not one weight fits')):
         torch.save(given, tmp_path/'a.pth')
         with pytest.raises(ValueError, match=message) as e: convert(tmp_path/'a.pth', tmp_path/'out')
         assert 'a.pth' in str(e.value) and not (tmp_path/'out').exists()

@@ -165,7 +165,7 @@ def test_wrong_names_and_shapes_are_named(dino, tmp_path):
     with pytest.raises(ValueError, match=r'w\.pth lacks blocks\.3\.attn\.qkv\.bias$'): load({k: v for k, v in state.items() if k != 'blocks.3.attn.qkv.bias'})
     with pytest.raises(ValueError, match=r'has unknown extra\.weight$'): load(state | {'extra.weight': torch.zeros(2)})
     with pytest.raises(ValueError, match=r'has cls_token \[1, 1, 7\] instead of \[1, 1, 192\]'): load(state | {'cls_token': torch.zeros(1, 1, 7)})
-    with pytest.raises(ValueError, match=r'lacks .* and \d+ more'): load({})
+    with pytest.raises(ValueError, match='holds no named weights'): load({})
     with pytest.raises(ValueError, match='holds a list'): load([1, 2])
 
 
@@ -175,11 +175,11 @@ def test_a_malicious_pickle_does_not_run(tmp_path):
         def __reduce__(self): return (Path.touch, (mark,))
     for name, write in (('a.pth', lambda p: torch.save({'teacher': Bad()}, p)), ('b.pth', lambda p: p.write_bytes(pickle.dumps(Bad())))):
         write(tmp_path/name)
-        with pytest.raises(ValueError, match=f'{name}: not a readable weight file'): F.ViTFeatures(DINO, tmp_path/name)
+        with pytest.raises(ValueError, match=f'{name}: cannot be read as weights: it asks for'): F.ViTFeatures(DINO, tmp_path/name)
     assert not mark.exists()
 
 
-@pytest.mark.parametrize('name,content,message', [('no.pth', None, 'no such weight file'), ('w.npz', b'', 'must end in'), ('w.pth', b'', 'not a readable'), ('w.safetensors', b'\x00'*20, 'not a readable')])
+@pytest.mark.parametrize('name,content,message', [('no.pth', None, 'no such file'), ('w.npz', b'', 'must end in'), ('w.pth', b'', 'is empty'), ('w.safetensors', b'\x00'*20, 'cannot be read')])
 def test_broken_files(tmp_path, name, content, message):
     if content is not None: (tmp_path/name).write_bytes(content)
     with pytest.raises(ValueError, match=message): F.read_weights(tmp_path/name)

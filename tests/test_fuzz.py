@@ -13,10 +13,11 @@ from PIL import Image
 
 from u2seg import convert, evaluate
 from u2seg.images import by_image, decode_rle, encode_rle, read_ids, read_image, read_json, write_ids, write_json
-from u2seg.model import build_model, read_config, read_weights, save_weights
+from u2seg.model import build_model, read_config, save_weights
 from u2seg.png import read_map
 from u2seg.predict import category_names
 from u2seg.stage import load_params, stage_values
+from u2seg.weights import find_weights, read_weights
 
 root = Path(__file__).parents[1]
 CASES, SEED = int(os.environ.get('U2SEG_FUZZ', 4000)), int(os.environ.get('U2SEG_FUZZ_SEED', 0))
@@ -161,6 +162,8 @@ def test_checkpoints(tmp_path):
     state = {k: v for k, v in list(model.state_dict().items())[:12]}
     torch.save(dict(model=state, iteration=3), tmp_path/'a.pth')
     (tmp_path/'a.pkl').write_bytes(pickle.dumps(dict(model={k: v.numpy() for k, v in state.items()})))
+    small = dict(list(state.items())[:3])
+    wrapped = dict(model=small, ema={'module': {f'_orig_mod.{k}': v for k, v in small.items()}}, state_dict={f'net.{k}': v for k, v in small.items()}, args=[1])
     kinds = ['safetensors', 'pth', 'pkl']
     given, config = {k: (tmp_path/f'a.{k}').read_bytes() for k in kinds}, (tmp_path/'model.yaml').read_text()
     for i, rng in cases('checkpoints'):
@@ -168,7 +171,11 @@ def test_checkpoints(tmp_path):
         head = rng.random() < .7                                                             # where the structure is
         path.write_bytes(spoil(given[kind][:3000], rng) + given[kind][3000:] if head else spoil(given[kind], rng))
         found = refused(read_weights, path)
-        assert found is None or all(isinstance(v, torch.Tensor) for v in found.values())
+        assert found is None or all(isinstance(v, torch.Tensor) and (not v.is_floating_point() or v.isfinite().all()) for v in found.values())
+        if i % 6 < 3:                                                                        # the values sound, the tree odd
+            torch.save(spoil_tree(wrapped, rng), tmp_path/'x.pth')
+            found = refused(find_weights, tmp_path/'x.pth', state.__contains__)
+            assert found is None or all(isinstance(v, torch.Tensor) for v in found.state.values()) and not set(found.others) & {found.taken}
         (tmp_path/'x.yaml').write_text(yaml.safe_dump(spoil_tree(yaml.safe_load(config), rng)))
         refused(read_config, tmp_path/'x.yaml')
         write_json(tmp_path/'mapping.json', spoil_tree({'1': 'cat', 'model': 'x', 'names': {'2': 'dog'}}, rng))

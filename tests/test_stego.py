@@ -487,7 +487,7 @@ def test_checkpoint_that_is_none(tmp_path):
     torch.save(dict(state_dict=names), tmp_path/'half.ckpt')
     with pytest.raises(ValueError, match='net.cluster2.0.weight is missing'): load_stego_checkpoint(tmp_path/'half.ckpt')
     (tmp_path/'text.ckpt').write_text('no checkpoint')
-    with pytest.raises(ValueError, match='text.ckpt: not a checkpoint'): load_stego_checkpoint(tmp_path/'text.ckpt')
+    with pytest.raises(ValueError, match='text.ckpt: is text, not weights'): load_stego_checkpoint(tmp_path/'text.ckpt')
 
 
 def test_published_settings_are_complete_sections():

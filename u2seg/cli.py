@@ -61,9 +61,9 @@ def download(name:str, out:str|None=None):
 # %% ../nbs/95_cli.ipynb #convert
 def convert(path:str, out:str='converted', images:str|None=None, folders:list[str]=('.',), maps:str|None=None):
     "Bring a released checkpoint or annotation file (U2Seg's, CutLER's) into this project's form; no code of the file is run."
-    from u2seg.convert import convert
+    from u2seg.convert import convert, summary
     found = convert(path, out, images=images, folders=folders, maps=maps)
-    print(f'{out}: ' + ', '.join(f'{v} {k.replace("_", " ")}' for k, v in found.items()))
+    print(f'{out}: {summary(found)}')
 
 # %% ../nbs/95_cli.ipynb #parser
 def parser()->argparse.ArgumentParser:
@@ -92,7 +92,7 @@ def parser()->argparse.ArgumentParser:
     v.add_argument('name', help='coco, voc, dino, cutler, ..., cityscapes-help; any other name lists them')
     v.add_argument('--out', help='folder (default: where the recipes look for it)')
     v = verb(convert)
-    v.add_argument('path', help='.pth, .pkl or .safetensors in detectron2\'s names; annotations, .json; or a VOC folder')
+    v.add_argument('path', help='a checkpoint (.pth, .pkl, .safetensors, ...) in detectron2\'s names; annotations, .json; or a VOC folder')
     v.add_argument('--out', default='converted', help='folder for the results (default: converted)')
     v.add_argument('--images', help='annotations: the folder that data.root names; ids become those of the pipeline')
     v.add_argument('--folders', nargs='+', default=['.'], help='folders below it, as in data.train')

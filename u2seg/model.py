@@ -10,11 +10,11 @@ __all__ = ['DEFAULTS', 'BLOCKS', 'CHOICES', 'MEAN', 'STD', 'BUFFERS', 'check_con
            'BoxPredictor', 'MaskHead', 'all_labels', 'label_regions', 'sample_regions', 'droploss_weights',
            'process_share', 'box_losses', 'mask_targets', 'choose', 'RoIHeads', 'cascade_losses', 'mask_loss',
            'detections', 'SemSegHead', 'paste_masks', 'combine', 'padded_size', 'companions', 'PanopticRCNN',
-           'padded_sem', 'results', 'build_model', 'read_weights', 'rename_weights', 'Loaded', 'load_weights',
-           'save_weights', 'read_config']
+           'padded_sem', 'results', 'build_model', 'rename', 'rename_weights', 'Loaded', 'load_weights', 'save_weights',
+           'read_config']
 
 # %% ../nbs/30_model.ipynb #imports
-import math, numbers, pickle, re
+import math, numbers, re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -32,6 +32,7 @@ from torchvision.ops import nms, batched_nms, roi_align
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from .images import write_atomic
+from .weights import find_weights
 
 # %% ../nbs/30_model.ipynb #DEFAULTS
 DEFAULTS = dict(
@@ -786,51 +787,25 @@ def build_model(config:dict)->PanopticRCNN: # n_things, n_stuff and whatever dif
     "The network of a flat configuration, randomly initialised from torch's generator."
     return PanopticRCNN(check_config(config)).to(memory_format=torch.channels_last)      # a quarter faster on CPU
 
-# %% ../nbs/30_model.ipynb #read_weights
-class _ArraysOnly(pickle.Unpickler):
-    "Reads pickles of dicts, lists, numbers, strings and numpy arrays; any other global is refused, so nothing can run."
-    allowed = {('collections', 'OrderedDict'), ('_codecs', 'encode'), ('numpy', 'ndarray'), ('numpy', 'dtype'),
-               *((f'numpy.{core}.multiarray', name) for core in ('core', '_core') for name in ('_reconstruct', 'scalar'))}
-    def find_class(self, module, name):
-        if (module, name) in self.allowed: return super().find_class(module.replace('numpy.core', np._core.__name__ if hasattr(np, '_core') else 'numpy.core'), name)
-        raise ValueError(f'it names {module}.{name}, which a file of arrays does not need')
-
-def read_weights(path:str|Path)->dict[str, Tensor]:
-    "Parameters of a .safetensors, .pth or detectron2 .pkl file, as named there; no code of the file is run."
-    path = Path(path)
-    if not path.is_file(): raise ValueError(f'{path}: no such file')
-    try:
-        if path.suffix == '.safetensors': state = safetensors.torch.load_file(path)
-        elif path.suffix == '.pkl':
-            with path.open('rb') as f: state = _ArraysOnly(f, encoding='latin1').load()
-        else: state = torch.load(path, weights_only=True, map_location='cpu')
-    except Exception as e:                                      # a stranger's file fails in many ways
-        why = 'it holds objects other than tensors, numbers and strings' if 'Weights only load failed' in str(e) else (str(e) or type(e).__name__).splitlines()[0][:200]
-        raise ValueError(f'{path}: cannot be read as weights: {why}') from None
-    for wrapper in ('model', 'state_dict', 'teacher'):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict): state = state[wrapper]
-    if not isinstance(state, dict): raise ValueError(f'{path}: holds no named weights')
-    state = {str(k): torch.from_numpy(v) if isinstance(v, np.ndarray) and v.dtype != object else v for k, v in state.items()}
-    return {k: v for k, v in state.items() if isinstance(v, Tensor)}
-
 # %% ../nbs/30_model.ipynb #rename_weights
-def rename_weights(state:dict[str, Tensor])->dict[str, Tensor]:
-    "torchvision's names of a ResNet, and detectron2's of a bare backbone, to those of the whole model."
-    state = {k.removeprefix('module.'): v for k, v in state.items()}
-    if 'backbone.layer1.0.conv1.weight' in state: state = {k.removeprefix('backbone.'): v for k, v in state.items()}    # DINO's training checkpoint
-    if 'layer1.0.conv1.weight' in state:                        # torchvision, DINO, MoCo
+def rename(name:str)->str:
+    "torchvision's name of a ResNet's weight, or detectron2's of a bare backbone's, as that of the whole model; any other as it is."
+    if re.match(r'(conv1|bn1|layer\d\.\d+)\.', name):            # torchvision, DINO, MoCo
         for old, new in ((r'^(conv1|bn1)\.', r'stem.\1.'), (r'^layer(\d)\.', lambda m: f'res{int(m[1]) + 1}.'), (r'\bbn(\d)\.', r'conv\1.norm.'),
-                         (r'\bdownsample\.0\.', 'shortcut.'), (r'\bdownsample\.1\.', 'shortcut.norm.')):
-            state = {re.sub(old, new, k): v for k, v in state.items()}
-    return {f'backbone.bottom_up.{k}' if re.match(r'(stem|res\d)\.', k) else k: v for k, v in state.items()}
+                         (r'\bdownsample\.0\.', 'shortcut.'), (r'\bdownsample\.1\.', 'shortcut.norm.')): name = re.sub(old, new, name)
+    return f'backbone.bottom_up.{name}' if re.match(r'(stem|res\d)\.', name) else name
+
+def rename_weights(state:dict[str, Tensor])->dict[str, Tensor]: return {rename(k): v for k, v in state.items()}
 
 # %% ../nbs/30_model.ipynb #load_weights
 @dataclass(frozen=True)
 class Loaded:
     "What became of a file's weights; `print` it."
     loaded:list; missing:list; unexpected:list; mismatched:list; withheld:list
+    taken:str=''                                                # where in the file they stood
+    others:tuple=()                                             # other sets in it, as complete, that were left
     def __str__(self):
-        parts = [f'{len(self.loaded)} weights loaded']
+        parts = [f'{len(self.loaded)} weights loaded' + (f' from {self.taken or "the bare set"}; {", ".join(self.others)} left out' if self.others else '')]
         for title, names in (('not in the file, left as they were', self.missing), ('not of this model, left out', self.unexpected), ('of another shape, left out', self.mismatched),
                              ('to start anew, left out', self.withheld)):
             if names: parts.append(f'{len(names)} {title}:\n    ' + '\n    '.join(names))
@@ -841,15 +816,17 @@ BUFFERS = r'pixel_mean|pixel_std|.*anchor_generator\..*|.*num_batches_tracked'  
 def load_weights(model:nn.Module, path:str|Path,
                  *, without:tuple[str, ...]=(), # parts of names that start anew in any case
                  )->Loaded:                     # names in the model's order
-    "Load what fits from .safetensors, .pth or .pkl: this project's, detectron2's, U2Seg's, CutLER's, DINO's or torchvision's names."
-    state, own = rename_weights(read_weights(path)), model.state_dict()
+    "Load what fits from a checkpoint in any wrapper: this project's, detectron2's, U2Seg's, CutLER's, DINO's or torchvision's names."
+    own = model.state_dict()
+    found = find_weights(path, lambda name: rename(name) in own)
+    state = rename_weights(found.state)
     withheld = [k for k in own if k in state and any(w in k for w in without)]
     fits = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape and k not in withheld}
-    if not fits: raise ValueError(f'{path}: not one weight fits this model; the file begins with {", ".join(list(state)[:3]) or "nothing"}')
+    if not fits: raise ValueError(f'{path}: not one weight fits this model; the file begins with {", ".join(list(state)[:3])}')
     model.load_state_dict(fits, strict=False)
     return Loaded([k for k in own if k in fits], [k for k in own if k not in state and not re.fullmatch(BUFFERS, k)],
-                  [k for k in state if k not in own and not re.fullmatch(BUFFERS, k)],
-                  [f'{k} {list(state[k].shape)}, here {list(own[k].shape)}' for k in own if k in state and k not in fits and k not in withheld], withheld)
+                  [k for k in (*state, *found.rest) if k not in own and not re.fullmatch(BUFFERS, k)],
+                  [f'{k} {list(state[k].shape)}, here {list(own[k].shape)}' for k in own if k in state and k not in fits and k not in withheld], withheld, found.taken, tuple(found.others))
 
 # %% ../nbs/30_model.ipynb #save_weights
 def save_weights(model:PanopticRCNN, path:str|Path, # *.safetensors; model.yaml is written beside it
