@@ -11,13 +11,13 @@ export DVC_NO_ANALYTICS := 1
 
 .PHONY: repro test nightly lab docs publish
 repro: $(VENV)/installed
-	dvc pull -q data.dvc pretrain
+	dvc pull data.dvc pretrain
 	u2seg check
 	dvc repro
 	u2seg table
 
 test: $(VENV)/installed
-	dvc pull -q data.dvc pretrain
+	dvc pull data.dvc pretrain
 	OMP_NUM_THREADS=1 U2SEG_THREADS=1 nbdev_test --n_workers 2
 	OMP_NUM_THREADS=1 U2SEG_THREADS=1 python -m pytest -q --instafail -n 2 --dist loadfile --durations 10 tests
 
@@ -36,7 +36,7 @@ docs: $(VENV)/installed
 # after a good run: copy the stages' outputs into nbs/, so that the notebooks read as the paper
 publish: $(VENV)/installed
 	u2seg publish
-	dvc commit -q -f
+	dvc commit -q -f dvc.yaml
 
 $(VENV)/installed: setup.py settings.ini constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 13) else "u2seg needs Python 3.10 to 3.13; this is %d.%d. Name another one: make PYTHON=python3.12 ..." % v)'

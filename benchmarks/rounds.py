@@ -51,7 +51,7 @@ def row(name, n_iters, n_labels, by_share):
 
 if __name__ == '__main__':
     a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    a.add_argument('--labels', default='out/maskcut/instances.json'); a.add_argument('--params', default='params.yaml'); a.add_argument('--root', default='data', help='folder of the pictures')
+    a.add_argument('--labels', default='out/maskcut/instances.json'); a.add_argument('--params', default='params.yaml'); a.add_argument('--root', default='data/embedded', help='folder of the pictures')
     a.add_argument('--dev', help='folder with objects/val, scenes/val and their annotations; none: drawn'); a.add_argument('--folder', required=True, help='checkpoints and shards')
     a.add_argument('--iters', type=int, help='of the first training'); a.add_argument('--round-iters', type=int); a.add_argument('--rounds', type=int, default=2)
     a.add_argument('--seed', type=int, default=0); a.add_argument('--write', action='store_true', help='write results/rounds.md')

@@ -2,7 +2,7 @@
 
     python benchmarks/stego.py --labelled DIR [--sweep] [--seeds 3] [--crf-every 4] [--train DIR] [--axes 64] [--cache FILE] [--out benchmarks/results/stego.md]
 
-DIR holds `objects/` and `scenes/` in the layout of `data/`, drawn from another seed (`u2seg.scenes.draw_dataset`), so that nothing is tuned on the images that
+DIR holds `objects/` and `scenes/` in the layout of `data/embedded`, drawn from another seed (`u2seg.scenes.draw_dataset`), so that nothing is tuned on the images that
 the tables report. Training sees the images of `params.yaml`, or those of another folder of that layout (--train), without labels. With --axes both labellers see
 the features projected on so many axes, which is faster; features may be kept in a file (--cache), and the CRF left out (--crf-every 0). Settings are those of `params.yaml`, section `stego`; `--sweep` varies them one at a time.
 """
@@ -181,7 +181,7 @@ def main():
     q.add_argument('--seeds', type=int, default=3); q.add_argument('--sweep', action='store_true'); q.add_argument('--crf-every', type=int, default=4); q.add_argument('--train'); q.add_argument('--axes', type=int, default=0); q.add_argument('--cache'); q.add_argument('--out')
     args = q.parse_args()
     params = yaml.safe_load(Path(args.params).read_text()); p = params['stego']
-    data = params.get('data', dict(root='data', train=['objects/train', 'scenes/train']))
+    data = params.get('data', dict(root='data/embedded', train=['objects/train', 'scenes/train']))
     torch.set_num_threads(1)
     if args.train: data = dict(root=args.train, train=['objects/train', 'scenes/train'])
     features, pooled, truth, t_feat = prepare(args, p, data)
@@ -202,7 +202,7 @@ def main():
         text = f'''# STEGO
 
 `python benchmarks/stego.py --labelled DIR{options}`, one thread. {len(truth.maps)} labelled pictures of the object-centric and scene-centric shares, drawn from another seed than
-`data/`; {p['n_classes']} clusters matched one-to-one to 8 thing and 6 stuff classes (clusters beyond that count as wrong); "stuff": pixels of the 6 stuff classes alone, matched one-to-one anew.
+`data/embedded`; {p['n_classes']} clusters matched one-to-one to 8 thing and 6 stuff classes (clusters beyond that count as wrong); "stuff": pixels of the 6 stuff classes alone, matched one-to-one anew.
 Trained on {len(features)} pictures; scored on maps made at {truth.size} px. Features `{p['feature']}`{note}, the same for both. Mean (lowest - highest) of {args.seeds} seeds.
 
 {table}

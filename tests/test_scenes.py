@@ -210,7 +210,7 @@ def test_wrong_arguments_are_named(tmp_path):
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_embedded_data_can_be_drawn_again(kind):
-    folder = Path(__file__).parents[1]/'data'/kind
+    folder = Path(__file__).parents[1]/'data'/'embedded'/kind
     if not folder.is_dir(): pytest.skip(f'{folder} is absent: dvc pull data.dvc')
     for k, split in enumerate(SPLITS):
         coco = read_json(folder/f'annotations/panoptic_{split}.json')

@@ -90,6 +90,17 @@ def test_a_sweep_runs_beside_the_workspace(toy, capsys):
     assert S.read_rows(toy/'ablations'/'gains.csv') == rows
 
 
+def test_a_clone_has_the_images_and_weights_that_neither_git_nor_dvc_carries(toy):
+    (toy/'.gitignore').write_text('/out\n/pictures/*\n!/pictures/README.md\n/weights\n')
+    for name in ('pictures/README.md', 'pictures/coco/1.jpg', 'weights/vit.pth'): (toy/name).parent.mkdir(exist_ok=True); (toy/name).write_text(name)
+    sh('git', 'add', '.', cwd=toy); sh('git', 'commit', '-qm', 'a folder that git knows', cwd=toy)
+    clone = toy.parent/'clone'
+    for _ in range(2): S.make_clone(toy, clone)                  # the second time in place of the first
+    for name in ('pictures/a', 'pictures/coco/1.jpg', 'weights/vit.pth'): assert (clone/name).read_text() == (toy/name).read_text()
+    assert sh('git', 'status', '--porcelain', cwd=clone) == ''
+    assert not (clone/'pictures'/'README.md').is_symlink() and not (toy/'pictures'/'coco').is_symlink()
+
+
 def test_a_wrong_setting_stops_before_anything_runs(toy):
     for change, words in ((dict(settings={'x': {'train.seeds': 1}}), 'no train.seeds'), (dict(settings={'x': {'evaluate.gain': 'much'}}), 'must be float'), (dict(targets=['score']), "no stage 'score'"), (dict(seeds=['train.sed']), 'no train.sed')):
         sweeps = yaml.safe_load((toy/'ablations'/'sweeps.yaml').read_text())

@@ -219,7 +219,7 @@ def ablation(name:str, keys:list[str], # scores
 def _git(folder, *args, **kw): return subprocess.run(['git', *args], cwd=folder, check=True, capture_output=True, **kw).stdout
 
 def make_clone(root:Path, folder:Path):
-    "A clone of the repository as it stands, with the same DVC cache and data."
+    "A clone of the repository as it stands, with the same DVC cache, images and weights."
     if folder.exists(): shutil.rmtree(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     _git(root, 'clone', '-q', str(root.resolve()), str(folder))
@@ -232,7 +232,10 @@ def make_clone(root:Path, folder:Path):
     (folder/'.dvc'/'config.local').write_text(f'[cache]\n    dir = {(root/cache).resolve()}\n')
     subprocess.run(['dvc', 'checkout', '-q', '--allow-missing'], cwd=folder, capture_output=True, env=_environment(folder))
     data = load_params(root)['data']['root']
-    if not (folder/data).exists() and (root/data).exists(): (folder/data).symlink_to((root/data).resolve())
+    for name in ('weights', data, *(f'{data}/{p.name}' for p in (root/data).glob('*'))): # what neither git nor DVC carries
+        if (folder/name).exists() or not (root/name).exists(): continue
+        (folder/name).parent.mkdir(parents=True, exist_ok=True)
+        (folder/name).symlink_to((root/name).resolve())
 
 def _environment(clone):
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
