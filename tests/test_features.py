@@ -235,3 +235,10 @@ def test_a_file_without_description_is_refused(tmp_path):
     save_file({'a': torch.zeros(1)}, tmp_path/'a.safetensors')
     with pytest.raises(ValueError, match='does not say which model'): F.ViTFeatures.from_file(tmp_path/'a.safetensors')
     with pytest.raises(ValueError, match='only .safetensors'): F.ViTFeatures.from_file(tmp_path/'a.pth')
+
+
+def test_more_processes_than_gpus_share_them(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True); monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    for rank, index in (('0', 0), ('1', 1), ('5', 1)):
+        monkeypatch.setenv('LOCAL_RANK', rank)
+        assert F.own_device() == torch.device('cuda', index)

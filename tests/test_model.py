@@ -527,3 +527,12 @@ def test_weights_in_half_precision_are_half_the_file_and_read_back(tmp_path):
     assert len(M.load_weights(b, tmp_path/'half.safetensors').loaded) == len(a.state_dict())
     for x, y in zip(a.state_dict().values(), b.state_dict().values()):
         assert y.dtype == x.dtype and torch.allclose(x.float(), y.float(), rtol=1e-3, atol=1e-6)
+
+@pytest.mark.parametrize('n', [0, 3])
+def test_every_parameter_gets_a_gradient(n):
+    "With labels and without, so no process waits for another's: DistributedDataParallel need not look for unused parameters."
+    m = model().train()
+    image, target = scene(0, n=3)
+    target = {k: v if k == 'sem' else v[:n] for k, v in target.items()}
+    sum(v for k, v in m([image], [target]).items() if k.startswith('loss')).backward()
+    assert not [k for k, p in m.named_parameters() if p.requires_grad and p.grad is None]

@@ -100,3 +100,13 @@ def test_pipeline_names_every_stage_and_its_modules():
             for m in imports((root/'u2seg'/f'{todo.pop()}.py').read_text()):
                 if m not in used: used.add(m); todo.append(m)
         assert {f'u2seg/{m}.py' for m in used} == {d for d in stage['deps'] if d.startswith('u2seg/')}, name
+
+
+def test_random_state_and_checkpoints_name_their_device():
+    "Without `devices`, fork_rng keeps the state of every GPU and warns; without `map_location`, a file of another machine's GPU cannot be read."
+    import ast
+    needs = dict(fork_rng={'devices'}, load={'map_location', 'weights_only'})
+    for path in sorted((root/'u2seg').glob('*.py')):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(call, ast.Call) or not ast.unparse(call.func).startswith('torch.') or not isinstance(call.func, ast.Attribute): continue
+            assert needs.get(call.func.attr, set()) <= {k.arg for k in call.keywords}, f'{path.name}: {ast.unparse(call)[:80]}'

@@ -443,3 +443,16 @@ def test_a_checkpoint_that_another_process_sets_aside(tmp_path, monkeypatch):
     def slow(path, **kw): state = real(path, **kw); os.unlink(path); return state
     monkeypatch.setattr(torch, 'load', slow)
     assert train._load(tmp_path/'checkpoint.pt', 'b') is None
+
+
+def test_the_group_speaks_where_the_model_lies(monkeypatch):
+    "A model on the CPU of a machine with GPUs: NCCL cannot carry its tensors."
+    import torch.distributed as dist
+    from u2seg import train
+    asked = []
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True); monkeypatch.setattr(torch.cuda, 'set_device', lambda device: asked.append(device))
+    monkeypatch.setattr(dist, 'init_process_group', lambda backend: asked.append(backend))
+    monkeypatch.setattr(dist, 'get_rank', lambda: 1); monkeypatch.setattr(dist, 'get_world_size', lambda: 2)
+    assert train._processes(torch.device('cpu')) == (1, 2) and asked == ['gloo']
+    assert train._processes(torch.device('cuda', 3)) == (1, 2) and asked[1:] == [torch.device('cuda', 3), 'nccl']

@@ -275,8 +275,9 @@ def fit(model:PanopticRCNN,  # trained in place
         cls_lr_multiplier:float, clip:str|None, clip_value:float, loss_weights:dict[str, float], amp:str|None, accumulate:int, ema:float, precise_bn:int, checkpoint_every:int,
         log_every:int=20, n_workers:int=0)->list[dict]: # rows of the log
     "As `train.fit`, by detectron2's trainer."
-    (rank, world), folder = _processes(), Path(folder)
-    _refuse(model.pixel_mean.device, amp=amp, accumulate=(accumulate, 1), ema=(ema, 0), loss_weights=(loss_weights, {}))
+    device, folder = model.pixel_mean.device, Path(folder)
+    rank, world = _processes(device)
+    _refuse(device, amp=amp, accumulate=(accumulate, 1), ema=(ema, 0), loss_weights=(loss_weights, {}))
     at = functools.partial(lr_factor, n_iters=n_iters, schedule=schedule, steps=steps, gamma=gamma, flat=flat, warmup=warmup, warmup_factor=warmup_factor)
     recipe = n_iters, lr, optimizer, momentum, weight_decay, cls_lr_multiplier, clip, clip_value, amp, precise_bn, [at(i) for i in range(n_iters)]
     home = folder/f'detectron2-{_digest(model, batches, *recipe)}'
@@ -292,7 +293,7 @@ def fit(model:PanopticRCNN,  # trained in place
     trainer.register_hooks([follow, hooks.LRScheduler(scheduler=torch.optim.lr_scheduler.LambdaLR(stepper, at)), settle, *(_writing(keeper, home, checkpoint_every, log_every) if rank == 0 else [])])
     keeper.resume_or_load('')
     loader.start = trainer.iter + 1 if keeper.has_checkpoint() else 0
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
         if loader.start < n_iters: trainer.train(loader.start, n_iters)
     model.load_state_dict(theirs.state_dict())
     return follow.rows

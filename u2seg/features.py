@@ -161,8 +161,8 @@ class ViTFeatures(nn.Module):
 
 # %% ../nbs/10_features.ipynb #own_device
 def own_device()->torch.device:
-    "This process's GPU (torchrun's LOCAL_RANK), or the CPU where there is none."
-    return torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0))) if torch.cuda.is_available() else torch.device('cpu')
+    "This process's GPU (torchrun's LOCAL_RANK; more processes than GPUs share them), or the CPU where there is none."
+    return torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device('cpu')
 
 # %% ../nbs/10_features.ipynb #weights_digest
 def weights_digest(model:nn.Module)->str:

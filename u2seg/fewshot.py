@@ -80,7 +80,7 @@ def few_shot(job:dict, # weights: path or None; percent; seed; n_iters; trunk: t
     truths = [read_truth(root, share) for share in train]
     n = sum(len(t['images']) for t in truths)
     data = LabelledPictures(root, truths, nested_subsets(n, percents=[job['percent']], seed=job['seed'])[job['percent']])
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job['seed'])
         model = build_model({**config, 'n_things': len(data.things), 'n_stuff': len(data.stuff)})
     model.to(own_device())

@@ -210,7 +210,7 @@ def save_state(path:Path, settings:dict, learner:nn.Module, optimizer:torch.opti
 def load_state(path:Path, settings:dict, learner:nn.Module, optimizer:torch.optim.Optimizer, generator:torch.Generator)->tuple[int, list[dict]]: # next step, log
     "Continue from `path` if it was written under the same settings; else begin at 0."
     if not path.exists(): return 0, []
-    state = torch.load(path, weights_only=True)
+    state = torch.load(path, map_location='cpu', weights_only=True)
     if state['settings'] != settings: return 0, []
     learner.load_state_dict(state['learner'])
     optimizer.load_state_dict(state['optimizer'])

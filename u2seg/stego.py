@@ -91,7 +91,7 @@ def fit_stego(features,                # indexable by view numbers -> [b, d, h, 
     return labeller.eval().requires_grad_(False)
 
 def _new_labeller(dim, n_classes, code_dim, dropout, seed):
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Labeller(Head(dim, code_dim, dropout=dropout), torch.randn(n_classes, code_dim))
 
@@ -138,7 +138,7 @@ def fit_labeller(features, neighbors:Tensor, *, labeller:str, probe:str, smooth:
 def linear_probe(labeller:Labeller, features, labels:Tensor, # int64 [n, H, W], 255 = ignored
                  *, n_classes:int, seed:int, n_steps:int=500, batch_size:int=16, lr:float=5e-3)->nn.Conv2d:
     "Linear map from frozen codes to given classes, for monitoring."
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed); probe = nn.Conv2d(labeller.clusters.shape[1], n_classes, 1).to(labeller.clusters.device)
     optimizer = torch.optim.Adam(probe.parameters(), lr=lr)
     for step in range(n_steps):

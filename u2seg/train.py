@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from .augment import copy_paste, masks_to_boxes, semantic_copy_paste, short_side, view
-from .features import own_device, weights_digest
+from .features import weights_digest
 from .images import ImageError, by_image, decode_rle, encode_rle, instances_json, read_image, read_json, write_atomic
 from .stage import sharded
 
@@ -346,12 +346,12 @@ def _average_gradients(parameters, world):
     used = flat[-len(parameters):].tolist()
     for p, g, u in zip(parameters, (flat[:-len(parameters)] / world).split([p.numel() for p in parameters]), used): p.grad = g.view_as(p) if u else None
 
-def _processes():
-    "(rank, world) of this process; joins torchrun's group if there is one."
+def _processes(device):
+    "(rank, world) of this process, whose work lies on `device`; joins torchrun's group if there is one."
     world = int(os.environ.get('WORLD_SIZE', 1))
     if world > 1 and not dist.is_initialized():
-        if torch.cuda.is_available(): torch.cuda.set_device(own_device())
-        dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo')
+        if device.type == 'cuda': torch.cuda.set_device(device)
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
     return (dist.get_rank(), dist.get_world_size()) if world > 1 else (0, 1)
 
 # %% ../nbs/32_train.ipynb #fit
@@ -371,7 +371,8 @@ def fit(model:nn.Module,   # `model(images, targets) -> {name: loss}` in trainin
         checkpoint_every:int, log_every:int=20, n_workers:int=0, # loader processes; they change speed alone
         )->list[dict]:     # rows of the log: iteration, lr, losses (means since the row before)
     "Train in place; killed at any moment and called again, it ends with the same weights."
-    folder, (rank, world), device = Path(folder), _processes(), next(model.parameters()).device
+    folder, device = Path(folder), next(model.parameters()).device
+    rank, world = _processes(device)
     if amp not in AMP: raise ValueError(f"amp must be none, 'bf16' or 'fp16', got {amp!r}")
     if amp == 'bf16' and device.type == 'cpu' and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         amp = None; tqdm.write('this CPU does not compute in bfloat16: training in float32')
@@ -381,7 +382,7 @@ def fit(model:nn.Module,   # `model(images, targets) -> {name: loss}` in trainin
     share, state = _Share(batches, rank, world, accumulate), _load(folder/'checkpoint.pt', key)
     if state: run.restore(state)
     if state and state['finished']: return run.rows
-    with torch.random.fork_rng(), _asked_to_stop() as asked:
+    with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []), _asked_to_stop() as asked:
         model.train()
         _iterate(run, share, at, asked, folder=folder, key=key, n_iters=n_iters, lr=lr, clip=clip, clip_value=clip_value, loss_weights=loss_weights, amp=amp,
                  checkpoint_every=checkpoint_every, log_every=log_every, n_workers=n_workers)
@@ -403,7 +404,7 @@ def _recipe(model, batches, *rest):
 def _iterate(run, share, at, asked, *, folder, key, n_iters, lr, clip, clip_value, loss_weights, amp, checkpoint_every, log_every, n_workers):
     "The iterations from `run.next` on."
     device, first = run.parameters[0].device, share.rank == 0
-    net = DistributedDataParallel(run.model, find_unused_parameters=True, broadcast_buffers=False) if share.world > 1 and device.type == 'cuda' else run.model
+    net = DistributedDataParallel(run.model, broadcast_buffers=False) if share.world > 1 and device.type == 'cuda' else run.model
     with _board(folder, first) as board, tqdm(total=n_iters, initial=run.next, desc='training', unit='it', disable=not first) as bar:
         for i, parts in zip(range(run.next, n_iters), _loader(share, run.next, n_iters, n_workers)):
             for g in run.optimizer.param_groups: g['lr'] = lr * at(i) * g['multiplier']
