@@ -154,3 +154,88 @@ def test_coco_s_own_instances_are_what_ap_is_scored_on(tmp_path):
     with pytest.raises(ValueError, match='lacks image 6'): areas()
     write_json(tmp_path/'annotations'/'instances_val.json', dict(coco, categories=[dict(id=5, name='bowl')]))
     with pytest.raises(ValueError, match='instances_val.json: its categories'): areas()
+
+
+quickest = dict(maskcut=dict(crf=False), cutler=dict(n_iters=1, batch_size=2, n_workers=0, n_detect_procs=1), cluster=dict(k=1, pca=0), stego=dict(n_steps=2, n_classes=3, size=64, map_size=64, crf=False),
+                train=dict(n_iters=1, batch_size=2, n_workers=0), evaluate=dict(n_procs=1, n_fit_images=0))
+
+
+@pytest.fixture(scope='module')
+def few_repo(tmp_path_factory):
+    "A repository without results, of the smallest runs."
+    repo = tmp_path_factory.mktemp('few')
+    for name in ('nbs', 'u2seg', 'README.md'): (repo/name).symlink_to(root/name)
+    shutil.copytree(root/'out'/'pretrain', repo/'out'/'pretrain')
+    params = yaml.safe_load((root/'params.yaml').read_text())
+    for changes in (small, quicker, quickest):
+        for section, values in changes.items(): params[section].update(values)
+    (repo/'params.yaml').write_text(yaml.safe_dump(params, sort_keys=False))
+    return repo
+
+
+@pytest.fixture
+def few(few_repo, monkeypatch):
+    "To give the repository other images, (name, pixels or bytes) each."
+    kept = (few_repo/'params.yaml').read_bytes()
+    def give(*files, **sections):
+        shutil.rmtree(few_repo/'mine', ignore_errors=True); (few_repo/'mine'/'photos').mkdir(parents=True)
+        for name, content in files:
+            if isinstance(content, bytes): (few_repo/'mine'/'photos'/name).write_bytes(content)
+            else: Image.fromarray(content).save(few_repo/'mine'/'photos'/name)
+        change(few_repo, data=dict(root=str(few_repo/'mine'), train=['photos'], val=[]), **sections)
+        return few_repo
+    monkeypatch.chdir(few_repo)
+    with warnings.catch_warnings(): warnings.simplefilter('ignore'); yield give
+    (few_repo/'params.yaml').write_bytes(kept)
+    for folder in (few_repo/'out').iterdir():
+        if folder.name != 'pretrain': shutil.rmtree(folder)
+
+
+def scene(i): return scenes.draw_scene((31, i))[0]
+
+def metrics(stage): return read_json(f'out/{stage}/metrics.json')
+
+
+@pytest.mark.parametrize('n', [1, 2, 3, 5])
+def test_a_handful_of_images_goes_all_the_way(few, n):
+    repo = few(*[(f'{i}.png', scene(i)) for i in range(n)])
+    run(repo, 'maskcut', 'cutler', 'cluster')
+    if n == 1:
+        with pytest.raises(ValueError, match="data.train has 1, .* set stego.crops to 'five'"): run(repo, 'stego')
+        change(repo, stego=dict(crops='five'))
+    run(repo, 'stego', 'panoptic', 'train', 'evaluate', 'fewshot', 'report')
+    assert [metrics(s)['n_images'] for s in ('maskcut', 'cutler', 'stego', 'panoptic', 'train')] == [n] * 5
+
+
+@pytest.mark.parametrize('place', [0, 3, 4])
+def test_a_broken_image_is_left_out_of_every_figure(few, place):
+    repo = few(*[(f'{i}.png', b'no image' if i == place else scene(i)) for i in range(5)])
+    run(repo, 'maskcut', 'stego')
+    assert [(metrics(s)['n_images'], metrics(s)['skipped'][0]['file_name']) for s in ('maskcut', 'stego')] == [(4, f'photos/{place}.png')] * 2
+
+
+def test_images_that_cannot_be_read_at_all_end_in_a_sentence(few):
+    repo = few(*[(f'{i}.png', b'no image') for i in range(2)])
+    with pytest.raises(ValueError, match='data.train: not one of the 2 images of photos can be read'): run(repo, 'maskcut')
+
+
+def test_blank_images_end_in_a_sentence_that_says_what_to_change(few):
+    repo = few(*[(f'{i}.png', np.full((128, 128, 3), 80 * i, np.uint8)) for i in range(3)], maskcut=dict(size=192, crf=True))
+    run(repo, 'maskcut', 'stego')
+    assert (metrics('maskcut')['n_masks'], metrics('maskcut')['mean_area'], metrics('maskcut')['mean_score']) == (0, None, None)
+    assert all('NaN' not in p.read_text() for p in Path('out').glob('*/metrics.json'))
+    with pytest.raises(ValueError, match='no mask in any of 3 images.* maskcut.tau'): run(repo, 'cutler')
+    shutil.copytree('out/maskcut', 'out/cutler', dirs_exist_ok=True)                                    # as if the detector had found nothing either
+    with pytest.raises(ValueError, match='holds no instance.* cutler.keep_score'): run(repo, 'cluster')
+    change(repo, cluster=dict(source='maskcut'))
+    with pytest.raises(ValueError, match='holds no instance.* maskcut.tau'): run(repo, 'cluster')
+
+
+def test_too_few_instances_or_patches_end_in_a_sentence(few):
+    repo = few(*[(f'{i}.png', scene(i)) for i in range(3)], cluster=dict(source='maskcut', k=500))
+    run(repo, 'maskcut')
+    with pytest.raises(ValueError, match='cluster.k = 500'): run(repo, 'cluster')
+    change(repo, cluster=dict(k=1, pca=100))
+    with pytest.raises(ValueError, match='cluster.pca must be . or less'): run(repo, 'cluster')
+    change(repo, stego=dict(size=32, n_classes=50))
+    with pytest.raises(ValueError, match='stego.n_classes must be 48 or less for 3 views of 16 patches'): run(repo, 'stego')
