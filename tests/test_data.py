@@ -72,8 +72,10 @@ def test_foreign_files_stay_whatever_dvc_does(clone):
 
 
 def test_a_stage_sees_the_images_of_a_user_and_stores_none(clone):
+    "With `data.root: data`, as recipes have it: the embedded data is then a part of what the stage reads."
+    run(clone, 'dvc', 'pull', '-q', 'data.dvc')
     before = put(clone, ['data/coco/train2017/1.jpg', 'data/coco/train2017/2.jpg'])
-    (clone/'params.yaml').write_text('data: {root: data/coco}\n')
+    (clone/'params.yaml').write_text('data: {root: data}\n')
     (clone/'dvc.yaml').write_text('stages: {look: {cmd: echo x > seen, deps: ["${data.root}"], outs: [seen]}}\n')
     looked = lambda: "Running stage 'look'" in run(clone, 'dvc', 'repro')
     assert looked() and not looked()
@@ -82,6 +84,7 @@ def test_a_stage_sees_the_images_of_a_user_and_stores_none(clone):
     before |= put(clone, ['data/coco/train2017/2.jpg'])
     assert looked() and not looked()
     untouched(clone, before)
+    assert 'data.dvc' not in run(clone, 'git', 'status', '--porcelain')
 
 
 def test_an_upgrade_from_the_layout_before_deletes_nothing(clone):
