@@ -1,11 +1,13 @@
-"""All that MaskCut does after the backbone, against the published procedure: equal masks, and how much faster.
+"""All that MaskCut does after the backbone, against the published procedure: equal masks, and how many times as fast.
 
-    python benchmarks/maskcut.py [--images 6] [--grid 60] [--threads 2] [--out benchmarks/results/maskcut.md]
+    python benchmarks/maskcut.py [--photos DIR] [--images 6] [--grid 60] [--threads 2]
+                                 [--out benchmarks/results/maskcut.md]
 
-From keys of 480 px images (3600 tokens, 768-d) to run-length codes at the image's own size: three rounds, dense CRF, holes, the agreement
-filter. The reference: a dense eigen-decomposition each round (see ncut.py here), pydensecrf on each mask where it can be imported (it has no
-release on PyPI; without it the reference's CRF takes our code and is not timed), SciPy's hole filling, Pillow's resizing.
-Keys are the stand-ins of ncut.py.
+From keys of 480 px images (3600 tokens, 768-d) to run-length codes at the image's own size: three rounds, dense CRF,
+holes, the agreement filter. The reference: a dense eigen-decomposition each round (see ncut.py here), pydensecrf on
+each mask where it can be imported (github.com/lucasb-eyer/pydensecrf; without it both sides take our CRF, and it is not
+timed), SciPy's hole filling, Pillow's resizing. Images and keys are those of ncut.py: drawn scenes, or the photographs
+of --photos.
 """
 import argparse
 
@@ -13,10 +15,10 @@ import numpy as np, torch
 from PIL import Image
 from scipy import ndimage
 
-from machine import clock, heading, publish
-from ncut import DIM, N_MASKS, SHARED, TAU, iou, low_level, reference_rounds, semantic
+from machine import RATIO, SIDES, clock, heading, publish, ratios, spread
+from ncut import DIM, N_MASKS, TAU, iou, kind_of, low_level, reference_rounds, semantic, sources
 from u2seg.crf import refine_masks
-from u2seg.images import encode_rle, read_image, resize_image, resize_mask
+from u2seg.images import encode_rle, resize_image, resize_mask
 from u2seg.maskcut import maskcut, refine, score_mask
 
 try: import pydensecrf.densecrf as dcrf
@@ -36,7 +38,10 @@ def reference(keys, picture, original):
     rounds, cut = clock(lambda: [r[0] for r in reference_rounds(keys) if r[0].any()])
     s = picture.shape[0]//keys.shape[1]
     coarse = [m.repeat(s, 0).repeat(s, 1) for m in rounds]
-    fine, crf = clock(lambda: [reference_crf(picture, m) for m in coarse] if dcrf else list(refine_masks(picture, np.stack(coarse))) if coarse else [])
+    def sharpen():
+        if dcrf or not coarse: return [reference_crf(picture, m) for m in coarse]
+        return list(refine_masks(picture, np.stack(coarse)))
+    fine, crf = clock(sharpen)
     def rest():
         for a, b in zip(coarse, fine):
             b = ndimage.binary_fill_holes(b)
@@ -55,51 +60,74 @@ def ours(keys, picture, original):
         for m, a in zip(fine, agreement):
             if a < .5 or not m.any(): continue
             mask = resize_mask(m, original)
-            encode_rle(mask); score_mask(m, a)
+            encode_rle(mask)
+            score_mask(m, a)
             yield mask
     out, last = clock(lambda: list(rest()))
     return out, dict(cut=cut, crf=crf, rest=last)
 
 def roofline(n=3600, d=768, depth=12, tensor=400e12, single=50e12, memory=3e12):
-    "Least time of an image on one H100, by counting: rates reached in practice, FLOP/s of bf16 and of float32, and bytes/s."
+    "Least time of an image on one H100, by counting: rates reached in practice, FLOP/s of bf16, of float32, bytes/s."
     pixels, points, channels = 480*480, 150_000, 3
-    steps = {'ViT-B/8, bf16: linear layers and attention': ((24*n*d*d + 4*n*n*d)*(depth - 1) + 2*n*d*d)/tensor, 'Gram matrix, float32': 2*n*n*d/single,
+    vit = (24*n*d*d + 4*n*n*d)*(depth - 1) + 2*n*d*d
+    gathers = 10*(pixels*6*(8 + 4*channels)*2 + 6*points*4*(2 + 4*channels))
+    steps = {'ViT-B/8, bf16: linear layers and attention': vit/tensor, 'Gram matrix, float32': 2*n*n*d/single,
              f'{N_MASKS} rounds of 24 products with float32 links': N_MASKS*24*4*n*n/memory,
-             'dense CRF, 3 masks, 10 iterations of gathers (a quarter of the rate)': 10*(pixels*6*(8 + 4*channels)*2 + 6*points*4*(2 + 4*channels))/(memory/4), 'sort of the lattice keys': 6*pixels*16*8/memory}
+             'dense CRF, 3 masks, 10 iterations of gathers (a quarter of the rate)': gathers/(memory/4),
+             'sort of the lattice keys': 6*pixels*16*8/memory}
     rows = [f'| {name} | {1e3*t:.2f} |' for name, t in steps.items()]
-    return ['## On a GPU, on paper', '', f'No GPU was at hand: this is arithmetic, not a measurement. One H100, reaching {tensor/1e12:.0f} TFLOP/s in bf16, {single/1e12:.0f} in float32 and {memory/1e12:.0f} TB/s; {n} tokens.', '',
-            '| step | least ms an image |', '|---|---|', *rows, f'| **all** | **{1e3*sum(steps.values()):.1f}**, {1/sum(steps.values()):.0f} images/s |', '',
-            'Reading and resizing pictures (a batch ahead), filling holes and coding masks are left to the CPU, which needs several processes to keep up.']
+    return ['## On a GPU, on paper', '',
+            f'Arithmetic, not a measurement. One H100, reaching {tensor/1e12:.0f} TFLOP/s in bf16, {single/1e12:.0f} '
+            f'in float32 and {memory/1e12:.0f} TB/s; {n} tokens. Launches, waits of the host, and reading and resizing '
+            'of images are not counted, so these are least times, which no run reaches.', '',
+            '| step | least ms an image |', '|---|---|', *rows, f'| **all** | **{1e3*sum(steps.values()):.1f}** |', '',
+            'Filling holes and coding masks are left to the CPU, which needs several processes to keep up.']
+
+STEPS = dict(cut='three rounds of normalized cut',
+             crf='dense CRF' + ('; here with holes and agreement' if dcrf else ' (not timed on the reference\'s side)'),
+             rest='holes, agreement, resizing, RLE', all='**all**' if dcrf else '**all but the CRF**')
+
+def total(times, step):
+    "(wall, CPU) of a step, or of all that both sides have timed."
+    if step in times: return times[step]
+    return tuple(sum(t[k] for s, t in times.items() if dcrf or s != 'crf') for k in (0, 1))
+
+def table(rows):
+    lines = ['| step | ratio, wall | ratio, CPU |', '|---|---|---|']
+    for step, name in STEPS.items():
+        if step == 'crf' and not dcrf: continue
+        wall, cpu = map(spread, ratios(*([total(r[side], step) for r in rows] for side in (0, 1))))
+        lines.append(f'| {name} | {wall} | {cpu} |')
+    return lines
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--images', type=int, default=6); parser.add_argument('--grid', type=int, default=60)
-    parser.add_argument('--threads', type=int, default=2); parser.add_argument('--out')
+    parser.add_argument('--photos', help='folder with images/*.jpg and panoptic/*.png (default: drawn scenes)')
+    for name, value in dict(images=6, grid=60, threads=2).items():
+        parser.add_argument(f'--{name}', type=int, default=value)
+    parser.add_argument('--out')
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
-    if not (SHARED/'coco26').is_dir(): raise SystemExit(f'{SHARED/"coco26"}: the photographs are not there; name their folder in U2SEG_SHARED_DATA')
-    photos, truths = (sorted((SHARED/'coco26'/f).iterdir()) for f in ('images', 'panoptic'))
     rows, agree = [], []
-    for i in range(a.images):
-        keys, image = semantic(truths[i], i, a.grid) if i % 2 else low_level(photos[i], i, a.grid), read_image(photos[i])
+    for i, (image, ids) in enumerate(sources(a.images, a.photos)):
+        keys = semantic(ids, i, a.grid) if i % 2 else low_level(image, i, a.grid)
         picture, runs = resize_image(image, (8*a.grid, 8*a.grid)), []
         if not i: ours(keys, picture, image.shape[:2])                           # first calls
         theirs, r = reference(keys, picture, image.shape[:2])
-        for _ in range(3): mine, o = ours(keys, picture, image.shape[:2]); runs.append(o)
+        for _ in range(3):
+            mine, o = ours(keys, picture, image.shape[:2])
+            runs.append(o)
         rows.append((r, {step: tuple(np.median([run[step] for run in runs], 0)) for step in r}))
-        agree.append(min([iou(x, y) for x, y in zip(mine, theirs)], default=1.) if len(mine) == len(theirs) else 0.)
-        print(f"{photos[i].name}: {sum(t[0] for t in r.values()):.2f} s, {sum(t[0] for t in rows[-1][1].values()):.3f} s, {len(mine)} masks, worst IoU {agree[-1]:.3f}", flush=True)
-    lines = ['| step | reference, wall | here, wall | ratio, wall | reference, CPU | here, CPU | ratio, CPU |', '|---|---|---|---|---|---|---|']
-    names = dict(cut='three rounds of normalized cut', crf='dense CRF' + ('' if dcrf else ' (reference not timed)') + '; here with holes and agreement', rest='holes, agreement, resizing, RLE', all='**all**')
-    for step, name in names.items():
-        of = lambda side, k: sum(side[s][k] for s in (side if step == 'all' else [step]))
-        cells = []
-        for k in (0, 1):
-            r, o = (np.array([of(x[side], k) for x in rows]) for side in (0, 1))
-            cells += [f'{np.median(r):.3f} s', f'{np.median(o):.4f} s', f'**{np.median(r/np.maximum(o, 1e-9)):.0f}** ({(r/np.maximum(o, 1e-9)).min():.0f} to {(r/np.maximum(o, 1e-9)).max():.0f})']
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    publish([*heading('MaskCut after the backbone', a.threads, ('torch', 'scipy', 'numba')),
-             f'{len(rows)} photographs at {8*a.grid} px, patch 8, {DIM}-d, N = {N_MASKS}, {a.threads} thread{"s"*(a.threads > 1)}; from keys to run-length codes. Ratios are medians over the images (least to most).', '', *lines, '',
-             f'Final masks: worst IoU of an image\'s masks {min(agree):.3f}, median {np.median(agree):.3f} (different numerics of the CRF included). The backbone itself: `benchmarks/features.py`.', '', *roofline()], a.out)
+        same = len(mine) == len(theirs)
+        agree.append(min([iou(x, y) for x, y in zip(mine, theirs)], default=1.) if same else 0.)
+        ratio = total(r, 'all')[0]/total(rows[-1][1], 'all')[0]
+        print(f'{i}: ratio {ratio:.0f}, {len(mine)} masks, worst IoU {agree[-1]:.3f}', flush=True)
+    about = (f'{len(rows)} {kind_of(a.photos)} at {8*a.grid} px, patch 8, {DIM}-d, N = {N_MASKS}; from keys to '
+             'run-length codes; for each image in turn the reference once, and ours three times (median).')
+    crf = 'different numerics of the CRF included' if dcrf else 'the same CRF on both sides'
+    title = heading('MaskCut after the backbone', a.threads, ('torch', 'scipy', 'numba'), f'{SIDES} {RATIO}')
+    publish([*title, about, '', *table(rows), '',
+             f"Final masks: worst IoU of an image's masks {min(agree):.3f}, median {np.median(agree):.3f} ({crf}). "
+             'The backbone itself: `benchmarks/features.py`.', '', *roofline()], a.out)
 
 if __name__ == '__main__': main()

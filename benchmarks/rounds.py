@@ -1,8 +1,10 @@
-"""What CutLER's self-training rounds gain: the detector after the first training, after each round, and, as control, trained on as long with the labels it had.
+"""What CutLER's self-training rounds gain: the detector after the first training, after each round, and, as control,
+trained on as long with the labels it had.
 
     python benchmarks/rounds.py --labels out/maskcut/instances.json --folder /tmp/rounds --write
 
-Trained as stage `cutler` says in params.yaml; scored without classes on pictures drawn from another seed (`--dev` names a folder that holds such pictures already). Killed, it goes on.
+Trained as stage `cutler` says in params.yaml; scored without classes on pictures drawn from another seed (`--dev`
+names a folder that holds such pictures already). Killed, it goes on.
 """
 import argparse
 from datetime import date
@@ -18,69 +20,152 @@ from u2seg.evaluate import read_truth, score_agnostic
 from u2seg.images import mask_to_box, decode_rle, read_json, write_json
 from u2seg.model import build_model
 
-FIT = ('lr', 'schedule', 'steps', 'gamma', 'flat', 'warmup', 'warmup_factor', 'optimizer', 'momentum', 'weight_decay', 'cls_lr_multiplier', 'clip', 'clip_value', 'loss_weights', 'amp', 'accumulate',
-       'ema', 'precise_bn', 'checkpoint_every')
+FIT = (
+    'lr',
+    'schedule',
+    'steps',
+    'gamma',
+    'flat',
+    'warmup',
+    'warmup_factor',
+    'optimizer',
+    'momentum',
+    'weight_decay',
+    'cls_lr_multiplier',
+    'clip',
+    'clip_value',
+    'loss_weights',
+    'amp',
+    'accumulate',
+    'ema',
+    'precise_bn',
+    'checkpoint_every',
+)
 VIEW = ('batch_size', 'short_sides', 'max_size', 'flip', 'colour', 'paste', 'paste_rate', 'paste_scale')
 
-def scores(net, root, shares, folder)->dict: # share -> AP50 ..., of boxes and masks
+
+def scores(net, root, shares, folder) -> dict:  # share -> AP50 ..., of boxes and masks
     "Class-agnostic scores on pictures with ground truth."
     out, c = {}, net.config
     for share in shares:
-        path = Path(folder)/f'{share.replace("/", "_")}.json'
+        path = Path(folder) / f'{share.replace("/", "_")}.json'
         if not path.exists():
             truth = read_truth(root, share)
             images = [dict(id=im['id'], file_name=im['file_name']) for im in truth['images']]
-            _, found, _ = train.detect(net, root, images, min_score=.02, n_max=100, batch_size=16, short=c['min_size'], max_size=c['max_size'], folder=Path(folder)/share.replace('/', '_'))
-            for a in found: a['bbox'] = mask_to_box(decode_rle(a['segmentation']))
+            _, found, _ = train.detect(
+                net,
+                root,
+                images,
+                min_score=0.02,
+                n_max=100,
+                batch_size=16,
+                short=c['min_size'],
+                max_size=c['max_size'],
+                folder=Path(folder) / share.replace('/', '_'),
+            )
+            for a in found:
+                a['bbox'] = mask_to_box(decode_rle(a['segmentation']))
             records = {im['id']: dict(instances=[]) for im in images}
-            for a in found: records[a['image_id']]['instances'].append(a)
+            for a in found:
+                records[a['image_id']]['instances'].append(a)
             write_json(path, score_agnostic(records, truth))
         out[share] = read_json(path)
     return out
 
+
 def relabel(net, root, labels, p, r, folder):
     "The labels of round r (from 1)."
     c = net.config
-    _, found, _ = train.detect(net, root, labels['images'], min_score=p['round_scores'][r - 1], n_max=30, batch_size=16, short=c['min_size'], max_size=c['max_size'], folder=folder)
+    _, found, _ = train.detect(
+        net,
+        root,
+        labels['images'],
+        min_score=p['round_scores'][r - 1],
+        n_max=30,
+        batch_size=16,
+        short=c['min_size'],
+        max_size=c['max_size'],
+        folder=folder,
+    )
     return train.self_training_labels(labels, found, min_score=p['round_scores'][r - 1]), len(found)
+
 
 def row(name, n_iters, n_labels, by_share):
     mean = {k: np.mean([s[k] for s in by_share.values()]) for k in next(iter(by_share.values()))}
-    each = ' | '.join(f"{100 * s['agnostic_mask_AP50']:.1f} / {100 * s['agnostic_mask_AR100']:.1f}" for s in by_share.values())
-    return f"| {name} | {n_iters} | {n_labels} | {100 * mean['agnostic_mask_AP50']:.1f} | {100 * mean['agnostic_mask_AP']:.1f} | {100 * mean['agnostic_mask_AR100']:.1f} | {100 * mean['agnostic_box_AP50']:.1f} | {each} |"
+    each = ' | '.join(
+        f"{100 * s['agnostic_mask_AP50']:.1f} / {100 * s['agnostic_mask_AR100']:.1f}" for s in by_share.values()
+    )
+    columns = ('mask_AP50', 'mask_AP', 'mask_AR100', 'box_AP50')
+    all_shares = ' | '.join(f'{100 * mean[f"agnostic_{k}"]:.1f}' for k in columns)
+    return f'| {name} | {n_iters} | {n_labels} | {all_shares} | {each} |'
+
 
 if __name__ == '__main__':
     a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    a.add_argument('--labels', default='out/maskcut/instances.json'); a.add_argument('--params', default='params.yaml'); a.add_argument('--root', default='data/embedded', help='folder of the pictures')
-    a.add_argument('--dev', help='folder with objects/val, scenes/val and their annotations; none: drawn'); a.add_argument('--folder', required=True, help='checkpoints and shards')
-    a.add_argument('--iters', type=int, help='of the first training'); a.add_argument('--round-iters', type=int); a.add_argument('--rounds', type=int, default=2)
-    a.add_argument('--seed', type=int, default=0); a.add_argument('--write', action='store_true', help='write results/rounds.md')
+    a.add_argument('--labels', default='out/maskcut/instances.json')
+    a.add_argument('--params', default='params.yaml')
+    a.add_argument('--root', default='data/embedded', help='folder of the images')
+    a.add_argument('--dev', help='folder with objects/val, scenes/val and their annotations; none: drawn')
+    a.add_argument('--folder', required=True, help='checkpoints and shards')
+    a.add_argument('--iters', type=int, help='of the first training')
+    a.add_argument('--round-iters', type=int)
+    a.add_argument('--rounds', type=int, default=2)
+    a.add_argument('--seed', type=int, default=0)
+    a.add_argument('--write', action='store_true', help='write results/rounds.md')
     a = a.parse_args()
-    p, folder, shares = yaml.safe_load(Path(a.params).read_text())['cutler'], Path(a.folder), ['objects/val', 'scenes/val']
+    p, folder, shares = (
+        yaml.safe_load(Path(a.params).read_text())['cutler'],
+        Path(a.folder),
+        ['objects/val', 'scenes/val'],
+    )
     n, m = a.iters or p['n_iters'], a.round_iters or p['round_iters']
     if not a.dev:
-        a.dev = folder/'dev'
-        if not (a.dev/'scenes').exists(): scenes.draw_dataset(a.dev, seed=12345, n_train=1, n_val=200, kinds=('objects', 'scenes'), n_workers=1)
+        a.dev = folder / 'dev'
+        if not (a.dev / 'scenes').exists():
+            scenes.draw_dataset(a.dev, seed=12345, n_train=1, n_val=200, kinds=('objects', 'scenes'), n_workers=1)
     labels = read_json(a.labels)
-    batches = lambda coco, seed: train.Batches(train.PseudoLabels(a.root, coco, skip_empty=True, cache=True), seed=seed, **{k: p[k] for k in VIEW})
+    batches = lambda coco, seed: train.Batches(
+        train.PseudoLabels(a.root, coco, skip_empty=True), seed=seed, **{k: p[k] for k in VIEW}
+    )
     fit = partial(train.fit, **{k: p[k] for k in FIT})
     torch.manual_seed(a.seed)
     net = build_model({**p['model'], 'n_things': 1, 'n_stuff': 0})
-    fit(net, batches(labels, a.seed), folder=folder/'round0', n_iters=n)
+    fit(net, batches(labels, a.seed), folder=folder / 'round0', n_iters=n)
     first = {k: v.clone() for k, v in net.state_dict().items()}
-    lines = [row('first training', n, len(labels['annotations']), scores(net, a.dev, shares, folder/'scores0'))]
+    lines = [row('first training', n, len(labels['annotations']), scores(net, a.dev, shares, folder / 'scores0'))]
     print(lines[-1], flush=True)
     for kind in 'round', 'round with DropLoss', 'control':
-        net.load_state_dict(first); coco = labels
-        net.roi_heads.droploss = 0. if kind == 'round' else net.config['droploss']
+        net.load_state_dict(first)
+        coco = labels
+        net.roi_heads.droploss = 0.0 if kind == 'round' else net.config['droploss']
         at = kind.replace(' ', '_')
         for r in range(1, a.rounds + 1):
-            if kind != 'control': coco, _ = relabel(net, a.root, coco, p, r, folder/f'labels_{at}{r}')
-            fit(net, batches(coco, a.seed + r), folder=folder/f'{at}{r}', n_iters=m)
-            lines.append(row(f'{kind} {r}', n + r * m, len(coco['annotations']), scores(net, a.dev, shares, folder/f'scores_{at}{r}')))
+            if kind != 'control':
+                coco, _ = relabel(net, a.root, coco, p, r, folder / f'labels_{at}{r}')
+            fit(net, batches(coco, a.seed + r), folder=folder / f'{at}{r}', n_iters=m)
+            lines.append(
+                row(
+                    f'{kind} {r}',
+                    n + r * m,
+                    len(coco['annotations']),
+                    scores(net, a.dev, shares, folder / f'scores_{at}{r}'),
+                )
+            )
             print(lines[-1], flush=True)
-    text = '\n'.join([f'# Self-training rounds, {date.today()}', '', f'`python benchmarks/rounds.py`, torch {torch.__version__}, seed {a.seed}, score thresholds {p["round_scores"][:a.rounds]}; class-agnostic, in %, mean of 200 object-centric and 200 '
-                      'scene-centric pictures drawn from another seed. *round*: labels of the detector so far, DropLoss off, as in CutLER. *control*: trained on as long with MaskCut\'s labels and DropLoss.', '',
-                      '| | iterations | labels | mask AP50 | mask AP | mask AR100 | box AP50 | objects AP50 / AR100 | scenes AP50 / AR100 |', '|---|---|---|---|---|---|---|---|---|', *lines])
+    text = '\n'.join([
+        f'# Self-training rounds, {date.today()}',
+        '',
+        f'`python benchmarks/rounds.py`, torch {torch.__version__}, seed {a.seed}, score thresholds '
+        f'{p["round_scores"][: a.rounds]}; class-agnostic, in %, mean of 200 object-centric and 200 '
+        'scene-centric pictures drawn from another seed. *round*: labels of the detector so far, DropLoss off, as '
+        'in CutLER. *control*: trained on as long with MaskCut\'s labels and DropLoss.',
+        '',
+        '| | iterations | labels | mask AP50 | mask AP | mask AR100 | box AP50 | objects AP50 / AR100 | scenes '
+        'AP50 / AR100 |',
+        '|---|---|---|---|---|---|---|---|---|',
+        *lines,
+    ])
     print(text)
-    if a.write: (Path(__file__).parent/'results').mkdir(exist_ok=True); (Path(__file__).parent/'results'/'rounds.md').write_text(text + '\n')
+    if a.write:
+        (Path(__file__).parent / 'results').mkdir(exist_ok=True)
+        (Path(__file__).parent / 'results' / 'rounds.md').write_text(text + '\n')
