@@ -246,6 +246,15 @@ def folder_of_pictures(folder, n=11):
     return instances_json(images, annotations, [dict(id=1, name='object')])
 
 
+def test_a_replaced_picture_is_embedded_anew(tmp_path):
+    coco, rows = folder_of_pictures(tmp_path), []
+    for _ in range(2):
+        kept, _ = embed_file(Pooled(), coco, tmp_path, tmp_path/'x.npy', **how, folder=tmp_path/'work', shard_size=3)
+        rows.append(np.load(tmp_path/'x.npy')); Image.fromarray(np.asarray(Image.open(tmp_path/'002.png'))[..., ::-1] // 2).save(tmp_path/'002.png')
+    changed = np.abs(rows[0] - rows[1]).max(1) > 1e-3
+    assert changed.any() and all(a['image_id'] == 2 for a, c in zip(kept, changed) if c)
+
+
 def test_file_of_instances(tmp_path):
     coco = folder_of_pictures(tmp_path)
     kept, skipped = embed_file(Pooled(), coco, tmp_path, tmp_path/'x.npy', **how, folder=tmp_path/'work', shard_size=3)

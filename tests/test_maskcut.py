@@ -255,6 +255,11 @@ def test_a_broken_file_is_named_and_the_rest_is_labelled(folder):
         assert a['area'] == mask.sum() and a['category_id'] == 1 and a['iscrowd'] == 0 and 0 < a['score'] <= 1
     assert [a['id'] for a in coco['annotations']] == list(range(1, len(coco['annotations']) + 1))
 
+def test_a_replaced_picture_is_labelled_anew(folder):
+    first = run(folder); write_png(folder[0]/'4.png', picture(40)[::-1, :50]); write_png(folder[0]/'2.png', picture(2))
+    again = run(folder)
+    assert again == run(folder, 'fresh') and again[1] == [] and again[0]['images'][4]['width'] == 50 and first[0]['images'][3]['width'] == 70
+
 def test_processes_change_no_byte(folder):
     alone, shared = run(folder, 'alone'), run(folder, 'shared', n_procs=2)
     assert json.dumps(alone) == json.dumps(shared) and len(list((folder[0]/'shared').rglob('shard_*.json'))) == 4

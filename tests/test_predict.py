@@ -125,6 +125,15 @@ def test_folder_files_resume_and_faults(weights, tmp_path, monkeypatch):
     assert calls == [1]                                                    # only the picture whose overlay was deleted is seen again
     assert {f: f.read_bytes() for f in out.rglob('*') if f.is_file() and '.work' not in f.parts} == files
 
+def test_a_replaced_photo_and_a_mended_one_are_predicted_anew(weights, tmp_path):
+    for i in range(3): write_png(tmp_path/'in'/f'{i}.png', picture(i))
+    (tmp_path/'in'/'broken.png').write_bytes((tmp_path/'in'/'0.png').read_bytes()[:400])
+    assert predict_folder(tmp_path/'in', weights, tmp_path/'out', device='cpu')['skipped'] == 1
+    write_png(tmp_path/'in'/'1.png', picture(9)); write_png(tmp_path/'in'/'broken.png', picture(8))
+    for out in ('out', 'fresh'): assert predict_folder(tmp_path/'in', weights, tmp_path/out, device='cpu')['images'] == 4
+    results = lambda out: {f.relative_to(out): f.read_bytes() for f in out.rglob('*') if f.is_file() and '.work' not in f.parts}
+    assert results(tmp_path/'out') == results(tmp_path/'fresh')
+
 def test_results_of_others_are_not_overwritten(weights, tmp_path):
     for name in 'ab': write_png(tmp_path/'in'/f'{name}.png', picture(ord(name)))
     one, out = tmp_path/'in'/'a.png', tmp_path/'out'

@@ -75,6 +75,31 @@ def test_damaged_shard_is_made_again(tmp_path, damage):
     assert run() == first
 
 
+def test_a_file_that_changes_is_done_again_and_a_skipped_one_tried_again(tmp_path):
+    items, seen = [dict(id=i, file_name=f'{i}.txt') for i in range(12)], []
+    def load(item):
+        text = (tmp_path/item['file_name']).read_text()
+        if text == 'broken' and not (tmp_path/'mended').exists(): raise ValueError('broken')
+        return text
+    def work(batch): seen.append(len(batch)); return [dict(v=x, together=len(batch)) for x in batch]
+    run = lambda folder='work': S.sharded(items, load, work, tmp_path/folder, key={}, root=tmp_path, shard_size=6, batch_size=3)
+    for i in range(12): (tmp_path/f'{i}.txt').write_text(f'no {i:02d}')
+    (tmp_path/'4.txt').write_text('broken'); (tmp_path/'11.txt').unlink()
+    records, skipped = run()
+    assert [s['file_name'] for s in skipped] == ['4.txt', '11.txt'] and seen == [3, 2, 3, 2]
+    assert run() == (records, skipped) and len(seen) == 4
+    (tmp_path/'7.txt').write_text('NO 07'); os.utime(tmp_path/'7.txt', (1e9, 1e9))                  # of the same size
+    assert run()[0][6]['v'] == 'NO 07' and seen[4:] == [3]                                          # the other batches stay
+    (tmp_path/'11.txt').write_text('back'); (tmp_path/'mended').touch()                             # the fault of 4.txt was not in the file
+    assert run() == run('fresh') and run()[1] == []
+
+
+@pytest.mark.parametrize('given', [dict(RANK='3'), dict(WORLD_SIZE='2'), dict(RANK='2', WORLD_SIZE='2'), dict(RANK='-1', WORLD_SIZE='2'), dict(RANK='x', WORLD_SIZE='2'), dict(RANK='0', WORLD_SIZE='0')])
+def test_workers_that_make_no_sense_are_refused(tmp_path, monkeypatch, given):
+    for k, v in given.items(): monkeypatch.setenv(k, v)
+    with pytest.raises(ValueError, match='^the variables RANK and WORLD_SIZE, [^\n]*$'): S.sharded([dict(file_name='a')], lambda i: i, lambda b: [{}], tmp_path, key={})
+
+
 def test_fault_of_the_program_is_not_swallowed(tmp_path):
     def work(batch): raise ZeroDivisionError('bug')
     with pytest.raises(ZeroDivisionError): S.sharded([dict(file_name='a')], lambda i: i, work, tmp_path, key={})
@@ -142,6 +167,9 @@ def test_a_folder_of_data_that_is_missing_is_named(repo):
     for wrong in (dict(root='mien', train=['a'], val=[]), dict(root='mine', train=['b'], val=[]), dict(root='mine', train=['a'], val=['b'])):
         data(**wrong)
         with pytest.raises(ValueError, match='which is no folder'): S.check_data(root)
+    data(root='mine', train=['a'], val=[]); (root/'mine'/'b').mkdir()
+    for link, to in (('b/good', '../a'), ('b/4.jpg', '/nowhere/4.jpg')): (root/'mine'/link).symlink_to(to)
+    with pytest.raises(ValueError, match='data.root holds the link .*mine/b/4.jpg to /nowhere/4.jpg, which is not there'): S.check_data(root)
 
 
 def test_results_do_not_depend_on_the_threads_of_the_environment(repo, monkeypatch):

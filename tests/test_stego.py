@@ -327,6 +327,14 @@ def test_export_resumes_and_survives_the_pipelines_clearing(pictures, labeller, 
     with pytest.raises(ZeroDivisionError): run()                                 # but another labeller starts anew
 
 
+def test_a_replaced_picture_has_its_map_anew(pictures, labeller):
+    root, files = pictures; run = lambda to: write_semantic(labeller, extract, root, files, root/'semantic', work_folder=root/to, batch_size=2, **ARGS)
+    run('work')
+    for i in (0, 4): Image.fromarray(np.random.default_rng(i).integers(0, 256, (30, 50, 3), dtype=np.uint8)).save(root/files[i]['file_name'])
+    made = [(run(to), {p.name: p.read_bytes() for p in (root/'semantic').iterdir()}) for to in ('work', 'fresh')]
+    assert made[0] == made[1] and made[0][0][1] == [] and read_semantic(root/'semantic'/'000000000001.png').shape == (30, 50)
+
+
 def test_processes_write_the_same_maps(pictures):
     from u2seg.features import ViTFeatures
     torch.manual_seed(0); vit = ViTFeatures(dict(img_size=32, patch_size=8, embed_dim=12, depth=2, num_heads=2))

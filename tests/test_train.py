@@ -422,8 +422,11 @@ def test_detections_become_annotations_and_resume(data, tmp_path):
     assert decode_rle(notes[0]['segmentation']).sum() == 20 * 3
     assert len(detect(Finder(), tmp_path, images, min_score=.1, **options)[1]) == 22
     assert len(detect(Finder(), tmp_path, images, min_score=.1, **{**options, 'n_max': 1})[1]) == 0   # the best one is empty
-    again = detect(Finder(), tmp_path/'elsewhere', images, min_score=.5, **options)                   # all from shard files
-    assert again[1] == notes
+    done = Finder(); done.forward = None                                                              # all from shard files
+    assert detect(done, tmp_path, images, min_score=.5, **options)[1] == notes
+    for name, h in ((images[0]['file_name'], 30), ('absent.png', 20)): write_png(tmp_path/name, np.zeros((h, 20, 3), np.uint8))   # one replaced, one that was missing
+    sized, notes, skipped = detect(Finder(), tmp_path, images, min_score=.5, **options)
+    assert (sized[0]['width'], sized[0]['height'], len(sized), skipped) == (20, 30, 12, [])
 
 
 def test_decoded_pictures_are_kept_up_to_a_bound(data, monkeypatch):

@@ -346,7 +346,7 @@ def embed_file(features:nn.Module,      # a `ViTFeatures`
         counts, name = [len(c) for c in crops], f'{ids[0]:012d}.npy'
         _save(rows/name, embed_crops(features, np.concatenate(crops), np.concatenate(covers), embedding=embedding, batch_size=batch_size))
         return [dict(id=i, file=name, start=int(s), n=n) for i, s, n in zip(ids, np.cumsum([0] + counts), counts)]
-    records, skipped = sharded(items, load, work, folder, key=key, shard_size=shard_size, batch_size=shard_size, desc=desc)
+    records, skipped = sharded(items, load, work, folder, key=key, root=pictures, shard_size=shard_size, batch_size=shard_size, desc=desc)
     _gather(records, rows, path, features.dim)
     return [a for r in records for a in of_image[r['id']]], skipped
 

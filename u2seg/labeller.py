@@ -264,7 +264,7 @@ def _write_share(labeller, extract, root, images, folder, knobs, sizes, desc='')
         for (item, _), m in zip(loaded, maps): write_png(folder/'semantic'/f"{item['id']:012d}.png", m)
         return [dict(id=item['id'], counts=np.bincount(m.ravel(), minlength=len(labeller.clusters)).tolist()) for (item, _), m in zip(loaded, maps)]
     if on_cpu: torch.set_num_threads(1)
-    try: return sharded(images, load, work, folder, key=knobs, desc=desc, **sizes)
+    try: return sharded(images, load, work, folder, key=knobs, root=root, desc=desc, **sizes)
     finally: torch.set_num_threads(n_threads)
 
 # %% ../nbs/49_labeller.ipynb #save_labeller

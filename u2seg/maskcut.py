@@ -186,5 +186,5 @@ def _label_share(items, features, root, folder, options, sizes, one_thread, desc
         return [dict(id=i['id'], file_name=i['file_name'], width=s[1], height=s[0], masks=m) for (i, s, _), m in zip(loaded, found)]
     n_threads = torch.get_num_threads()
     if one_thread: torch.set_num_threads(1)
-    try: return sharded(items, load, work, folder, key=dict(options, weights=weights_digest(features)), desc=desc, **sizes)
+    try: return sharded(items, load, work, folder, key=dict(options, weights=weights_digest(features)), root=root, desc=desc, **sizes)
     finally: torch.set_num_threads(n_threads)

@@ -214,7 +214,7 @@ def predict_folder(images:str|Path|list, # files, folders, patterns
     key = dict(weights=_digest(model.model), config=model.model.config, names=model.names, root=str(root))
     _claim(out, key['weights'], [str(root/im['file_name']) for im in items])
     work = partial(_write, model, out, batch_size)
-    options = dict(key=key, shard_size=64, batch_size=batch_size or 16)
+    options = dict(key=key, root=root, shard_size=64, batch_size=batch_size or 16)
     load = lambda item: (item, read_image(root/item['file_name']))
     records, skipped = sharded(items, load, work, out/'.work', **options, desc='predicting')
     for r in records:                                              # a file that someone deleted since

@@ -106,10 +106,13 @@ def check_stages(root:str|Path='.')->list[str]: # the stages, all found good
     return names
 
 def check_data(root:str|Path='.'):
-    "`ValueError` names the first folder of the section `data` that is not there."
+    "`ValueError` names the first folder of the section `data` that is not there, or a link below its root that leads nowhere."
     data = load_params(root)['data']
     for name in [*data['train'], *data['val']]:
         if not (folder := Path(root, data['root'], name)).is_dir(): raise ValueError(f'params.yaml: data names {folder}, which is no folder; `dvc pull data.dvc` fetches the embedded data')
+    for here, _, names in os.walk(Path(root, data['root'])):
+        for path in (os.path.join(here, n) for n in names):
+            if os.path.islink(path) and not os.path.exists(path): raise ValueError(f'params.yaml: data.root holds the link {path} to {os.readlink(path)}, which is not there; bring that back or remove the link')
 
 # %% ../nbs/03_stage.ipynb #tidy
 def tidy(nb):
@@ -129,7 +132,11 @@ def tidy(nb):
 
 # %% ../nbs/03_stage.ipynb #run_stage
 def _worker(): # this process's number, and how many torchrun has started
-    return int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    given = rank, world = os.environ.get('RANK'), os.environ.get('WORLD_SIZE')
+    if given == (None, None): return 0, 1
+    if None in given or not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+        raise ValueError(f'the variables RANK and WORLD_SIZE, which torchrun sets, must be i of 0 ... n - 1 and n, or both be unset; they are {rank!r} and {world!r}')
+    return int(rank), int(world)
 
 def run_stage(stage:str, root:str|Path='.'):
     "Execute a stage's notebook with its section of `params.yaml`; keep it as `out/<stage>/run.ipynb`."
@@ -180,21 +187,28 @@ def write_metrics(path:str|Path, metrics:dict):
 def _digest(*parts)->str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
-def _read_shard(path, n):
-    "The content of a shard file, or None if it is absent, broken or of another length (it is then made again)."
+def _stamp(root, item): # size and time of an item's file, which tell it from another of its name; None if there is none
+    try: s = os.stat(Path(root)/item['file_name'])
+    except OSError: return None
+    return [s.st_size, s.st_mtime_ns]
+
+def _read_shard(path, stamps):
+    "What a shard file holds of each item; None where it is absent, broken, of another length, or made of another file."
     try: shard = read_json(path)
-    except ValueError: return None
-    good = isinstance(shard, list) and len(shard) == n and all(isinstance(r, dict) and set(r) in ({'record'}, {'skipped'}) for r in shard)
-    return shard if good else None
+    except ValueError: shard = None
+    if not isinstance(shard, list) or len(shard) != len(stamps): return [None] * len(stamps)
+    return [r if isinstance(r, dict) and set(r) in ({'record', 'stamp'}, {'skipped', 'stamp'}) and r['stamp'] == s else None for r, s in zip(shard, stamps)]
+
+def _load(load, item):
+    "What `load` gives, None; or None, why not."
+    try: return load(item), None
+    except (ValueError, OSError) as e: return None, str(e)
 
 def _load_ahead(load, batches, pool):
-    "Each batch loaded, [(what `load` gave, None) or (None, why not)]; the next one is loading meanwhile."
-    def one(item):
-        try: return load(item), None
-        except (ValueError, OSError) as e: return None, str(e)
+    "Each batch loaded, as of `_load`; the next one is loading meanwhile."
     ahead = []
     for batch in [*batches, []]:
-        ready, ahead = ahead, [pool.submit(one, item) for item in batch]
+        ready, ahead = ahead, [pool.submit(_load, load, item) for item in batch]
         if ready: yield [f.result() for f in ready]
 
 # %% ../nbs/03_stage.ipynb #sharded
@@ -203,18 +217,23 @@ def sharded(items:list[dict], # each with a `file_name`
             work:Callable,    # list of loaded -> list of JSON-able dicts, one each
             folder:str|Path,  # where shard files are kept
             *, key:dict,      # everything that shapes a record
+            root:str|Path|None=None, # folder that file names are relative to: a file that changes is done again; None: they name no files
             shard_size:int=256, batch_size:int=16, desc:str='')->tuple[list[dict], list[dict]]: # records in the items' order; skipped [{file_name, reason}]
     "Map `work` over `items`, shard by shard, resuming from what is finished; torchrun's workers share the shards."
     rank, world = _worker()
-    folder = Path(folder)/_digest(key, items)
-    parts = [items[i:i + shard_size] for i in range(0, len(items), shard_size)]
-    paths = [folder/f'shard_{i:06d}.json' for i in range(len(parts))]
-    with ThreadPoolExecutor(4) as pool, tqdm(total=sum(map(len, parts[rank::world])), desc=desc, unit='image', disable=None if not desc else False) as bar:
-        for part, path in list(zip(parts, paths))[rank::world]:
-            if _read_shard(path, len(part)) is not None: bar.update(len(part)); continue
-            batches = [part[i:i + batch_size] for i in range(0, len(part), batch_size)]
-            write_json(path, [r for loaded in _load_ahead(load, batches, pool) for r in _batch(loaded, work, bar)])
-    return _gather(items, parts, paths)
+    folder, stamps = Path(folder)/_digest(key, items), [None if root is None else _stamp(root, item) for item in items]
+    shards = [(folder/f'shard_{k:06d}.json', items[i:i + shard_size], stamps[i:i + shard_size]) for k, i in enumerate(range(0, len(items), shard_size))]
+    mine = shards[rank::world]
+    with ThreadPoolExecutor(4) as pool, tqdm(total=sum(len(part) for _, part, _ in mine), desc=desc, unit='image', disable=None if not desc else False) as bar:
+        for path, part, files in mine:
+            held = _read_shard(path, files)
+            if world == 1: held = [None if r and 'skipped' in r and not _load(load, item)[1] else r for r, item in zip(held, part)]    # others may have read it
+            todo = [range(len(part))[i:i + batch_size] for i in range(0, len(part), batch_size) if None in held[i:i + batch_size]]
+            bar.update(len(part) - sum(map(len, todo)))
+            for batch, loaded in zip(todo, _load_ahead(load, [[part[i] for i in batch] for batch in todo], pool)):
+                for i, r in zip(batch, _batch(loaded, work, bar)): held[i] = dict(r, stamp=files[i])
+            if todo: write_json(path, held)
+    return _gather(shards)
 
 # %% ../nbs/03_stage.ipynb #batch
 def _batch(loaded, work, bar):
@@ -225,13 +244,13 @@ def _batch(loaded, work, bar):
     bar.update(len(loaded))
     return out
 
-def _gather(items, parts, paths):
+def _gather(shards):
     "Read all shards; under torchrun this waits for those of the other workers."
     records, skipped = [], []
-    for part, path in zip(parts, paths):
-        while (shard := _read_shard(path, len(part))) is None: time.sleep(.2)
-        records += [r['record'] for r in shard if 'record' in r]
-        skipped += [dict(file_name=item['file_name'], reason=r['skipped']) for item, r in zip(part, shard) if 'skipped' in r]
+    for path, part, stamps in shards:
+        while None in (held := _read_shard(path, stamps)): time.sleep(.2)
+        records += [r['record'] for r in held if 'record' in r]
+        skipped += [dict(file_name=item['file_name'], reason=r['skipped']) for item, r in zip(part, held) if 'skipped' in r]
     return records, skipped
 
 # %% ../nbs/03_stage.ipynb #once

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from .augment import copy_paste, masks_to_boxes, semantic_copy_paste, short_side, view
 from .features import weights_digest
 from .images import ImageError, by_image, decode_rle, encode_rle, instances_json, read_image, read_json, write_atomic
-from .stage import sharded
+from .stage import _worker, sharded
 
 # %% ../nbs/32_train.ipynb #PseudoLabels
 CACHE = 2**30    # bytes of decoded pictures that a loading process keeps
@@ -348,7 +348,7 @@ def _average_gradients(parameters, world):
 
 def _processes(device):
     "(rank, world) of this process, whose work lies on `device`; joins torchrun's group if there is one."
-    world = int(os.environ.get('WORLD_SIZE', 1))
+    world = _worker()[1]
     if world > 1 and not dist.is_initialized():
         if device.type == 'cuda': torch.cuda.set_device(device)
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
@@ -486,7 +486,7 @@ def detect(model:nn.Module,      # in eval mode: images -> [{boxes, scores, labe
     "Detections on pictures as COCO annotations; resumes, and shares the work under torchrun or `launch`."
     model.eval()
     work = functools.partial(_detect, model, min_score=min_score, n_max=n_max, short=short, max_size=max_size, category_ids=category_ids)
-    records, skipped = sharded(images, lambda im: (im, read_image(Path(root)/im['file_name'])), work, folder, key=dict(weights=weights_digest(model), min_score=min_score, n_max=n_max, short=short, max_size=max_size, category_ids=category_ids),
+    records, skipped = sharded(images, lambda im: (im, read_image(Path(root)/im['file_name'])), work, folder, root=root, key=dict(weights=weights_digest(model), min_score=min_score, n_max=n_max, short=short, max_size=max_size, category_ids=category_ids),
                                shard_size=64, batch_size=batch_size, desc='detecting')
     return [r['image'] for r in records], [a for r in records for a in r['annotations']], skipped
 
