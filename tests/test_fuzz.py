@@ -56,7 +56,7 @@ def spoil_tree(x, rng, depth=0):
             if not isinstance(node[k], (dict, list)) or not node[k] or rng.random() < .3:
                 how = rng.integers(3)
                 if how == 0: del node[k]
-                elif how == 1 or not isinstance(node, list): node[k] = ODD[rng.integers(len(ODD))]
+                elif how == 1 or not isinstance(node, list): node[k] = copy.deepcopy(ODD[rng.integers(len(ODD))])
                 else: node.append(copy.deepcopy(node[k]))
                 break
             node = node[k]
