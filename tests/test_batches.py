@@ -4,9 +4,14 @@ import hashlib
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from u2seg.cluster import EMBEDDINGS, assign, embed_crops
 from u2seg.evaluate import model_records
+from u2seg.features import ViTFeatures
 from u2seg.images import write_png
+from u2seg.labeller import Head, Labeller, extractor, patch_codes, segment
+from u2seg.maskcut import label_images
 from u2seg.model import build_model, save_weights
 from u2seg.predict import U2Seg, predict_folder
 from u2seg.train import detect
@@ -91,3 +96,36 @@ def test_predict_folder(weights, folder, images, tmp_path):
         predict_folder([folder/n for n in names], weights, out, batch_size=b, device='cpu')
         for n in names: assert seen.setdefault(n, (out/'overlay'/n).read_bytes()) == (out/'overlay'/n).read_bytes(), n
     assert len(set(seen.values())) > len(seen) / 2
+
+@pytest.fixture(scope='module')
+def vit():
+    "Wide enough that a CPU adds in another order in a batch of 16 than in one of 1."
+    torch.manual_seed(0)
+    return ViTFeatures(dict(img_size=64, embed_dim=192, depth=2, num_heads=3, patch_size=8, stem_channels=[24, 48, 96]))
+
+def test_masks(vit, folder, items, tmp_path):
+    def run(items, b):
+        coco, _ = label_images(items, vit, root=folder, folder=tmp_path/str(len(list(tmp_path.iterdir()))), size=64, feature='patches', tau=.2, n_masks=3, crf=False, min_agreement=0., batch_size=b, desc='')
+        return [[[a['score'], a['segmentation']['counts']] for a in coco['annotations'] if a['image_id'] == im['id']] for im in items]
+    independent(run, items)
+
+@pytest.mark.parametrize('embedding', EMBEDDINGS)
+def test_embeddings_and_clusters(vit, images, embedding):
+    crops = [np.array(Image.fromarray(im).resize((64, 64))) for im in images * 3]
+    centroids = np.random.default_rng(0).standard_normal((5, vit.dim)).astype(np.float32)
+    def run(crops, b):
+        covers = np.full((len(crops), 64, 64), 255, np.uint8)
+        x = embed_crops(vit, np.stack(crops), covers, embedding=embedding, batch_size=b)
+        return [[v, j] for v, j in zip(x, assign(x, centroids))]
+    independent(run, [c ^ np.uint8(i // 9 * 40) for i, c in enumerate(crops)], [2, 16, 27])
+
+@pytest.mark.parametrize('feature', ['block0', 'patches'])
+def test_stuff(vit, images, feature):
+    "Maps, and the codes they are made of."
+    labeller = Labeller(Head(vit.dim, 6), torch.randn(5, 6, generator=torch.Generator().manual_seed(0))).eval().requires_grad_(False)
+    knobs, extract = dict(size=64, patch_size=8, flip=True), extractor(vit, feature)
+    def maps(images, b): return [m for i in range(0, len(images), b) for m in segment(labeller, extract, images[i:i + b], alpha=2., crf=None, **knobs)]
+    independent(maps, images)
+    square = [np.array(Image.fromarray(im).resize((64, 64))) for im in images * 3]
+    independent(lambda images, b: [c for i in range(0, len(images), b) for c in patch_codes(labeller, extract, images[i:i + b], **knobs)],
+                [c ^ np.uint8(i // 9 * 40) for i, c in enumerate(square)], [2, 16, 27])

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['dino_positions', 'load_strictly', 'build_vit', 'patch_size', 'embed', 'last_keys', 'last_class', 'forward_features',
-           'ViTFeatures', 'own_device', 'weights_digest', 'write_backbone', 'from_file']
+           'ViTFeatures', 'one_by_one', 'own_device', 'weights_digest', 'write_backbone', 'from_file']
 
 # %% ../nbs/10_features.ipynb #imports
 import hashlib, json, os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -158,6 +159,13 @@ class ViTFeatures(nn.Module):
     def keys(self, images:Tensor)->Tensor: return self(images, ('keys',))['keys']          # [b, d, h, w]
     def patches(self, images:Tensor)->Tensor: return self(images, ('patches',))['patches'] # [b, d, h, w]
     def cls(self, images:Tensor)->Tensor: return self(images, ('cls',))['cls']             # [b, d]
+
+# %% ../nbs/10_features.ipynb #one_by_one
+def one_by_one(f:Callable,   # [b, ...] -> [b, ...]
+               x:Tensor,     # [b, ...]
+               )->Tensor:    # what `f` gives for each entry alone
+    "Apply `f` to a batch: at once on a GPU, to each entry by itself on a CPU."
+    return f(x) if x.is_cuda else torch.cat([f(v) for v in x.split(1)])
 
 # %% ../nbs/10_features.ipynb #own_device
 def own_device()->torch.device:

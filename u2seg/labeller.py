@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .crf import dense_crf
-from .features import embed
+from .features import embed, one_by_one
 from .images import normalize, part_of, read_image, resize_image, to_tensor, write_atomic, write_png
 from .stage import in_processes, sharded
 
@@ -189,8 +189,8 @@ def patch_codes(labeller:Labeller, extract:Callable, images:list[np.ndarray], *,
     H, W = images[0].shape[:2]; scale = min(size / min(H, W), LONGEST * size / max(H, W))
     sides = [max(round(s * scale / patch_size), 1) * patch_size for s in (H, W)]
     x = normalize(torch.stack([to_tensor(resize_image(im, tuple(sides))) for im in images])).to(labeller.clusters.device)
-    code = labeller.code(extract(x).float())
-    return (code + labeller.code(extract(x.flip(-1)).float()).flip(-1)) / 2 if flip else code
+    codes = lambda x: one_by_one(lambda x: labeller.code(extract(x).float()), x)
+    return (codes(x) + codes(x.flip(-1)).flip(-1)) / 2 if flip else codes(x)
 
 @torch.no_grad()
 def pixel_probs(labeller:Labeller, code:Tensor, size:tuple[int, int], *, alpha:float)->Tensor: # [b, k, H, W]

@@ -16,7 +16,7 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from .crf import refine_masks
-from .features import weights_digest
+from .features import one_by_one, weights_digest
 from .images import encode_rle, instances_json, normalize, read_image, resize_image, resize_mask, to_tensor
 from .ncut import fiedler, orient, token_graph, token_links
 from .stage import in_processes, sharded
@@ -131,7 +131,7 @@ def _label(pictures, sizes, features, *, size, feature, tau, n_masks, crf, min_a
     device = next(features.parameters()).device
     x = torch.stack([normalize(to_tensor(p)) for p in pictures]).to(device)
     out = []
-    for picture, original, masks in zip(pictures, sizes, maskcut_batch(getattr(features, feature)(x), tau=tau, n_masks=n_masks)):
+    for picture, original, masks in zip(pictures, sizes, maskcut_batch(one_by_one(getattr(features, feature), x), tau=tau, n_masks=n_masks)):
         kept = [(resize_mask(m, original), score_mask(m, a)) for m, a in zip(*refine(picture, masks, crf=crf)) if a >= min_agreement and m.any()]
         out.append([dict(segmentation=encode_rle(m), score=round(score, 4)) for m, score in kept if m.any()])
     return out
