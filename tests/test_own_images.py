@@ -239,3 +239,19 @@ def test_too_few_instances_or_patches_end_in_a_sentence(few):
     with pytest.raises(ValueError, match='cluster.pca must be . or less'): run(repo, 'cluster')
     change(repo, stego=dict(size=32, n_classes=50))
     with pytest.raises(ValueError, match='stego.n_classes must be 48 or less for 3 views of 16 patches'): run(repo, 'stego')
+
+
+def test_an_image_that_vanishes_after_the_work_is_left_out_of_the_figures(few):
+    repo = few(*[(f'{i}.png', scene(i)) for i in range(3)], cluster=dict(source='maskcut'))
+    images = [dict(id=i + 1, file_name=f'{i}.png', width=128, height=128) for i in range(3)]
+    notes = [dict(id=i, image_id=i, category_id=7, iscrowd=0, area=4096, bbox=[32, 32, 64, 64], segmentation=[[32, 32, 96, 32, 96, 96, 32, 96]]) for i in (1, 2, 3)]
+    write_json('mine/annotations/instances_photos.json', dict(images=images, annotations=notes, categories=[dict(id=7, name='middle')]))
+    change(repo, data=dict(val=['photos']))
+    way = 'maskcut', 'cutler', 'cluster', 'stego', 'panoptic', 'train', 'evaluate'
+    run(repo, *way)
+    Path('mine/photos/1.png').write_bytes(b'no image')
+    again = [s for s in way if s != 'stego']                                                            # its training would start anew, without the image
+    figures = [f for s in again for f in sorted((repo/'out'/s).rglob('*.png')) if f.parent.name in (s, 'figures')]
+    for f in figures: f.unlink()
+    run(repo, *again)
+    assert len(figures) > 10 and all(f.exists() for f in figures) and list(metrics('evaluate')['shares']) == ['photos']
