@@ -4,11 +4,11 @@ development set, one-to-one.
     python benchmarks/stego.py --labelled DIR [--sweep] [--seeds 3] [--crf-every 4] [--train DIR] [--axes 64]
                                [--cache FILE] [--out benchmarks/results/stego.md]
 
-DIR holds `objects/` and `scenes/` in the layout of `data/embedded`, drawn from another seed (`u2seg.scenes.draw_dataset`),
-so that nothing is tuned on the images that the tables report. Training sees the images of `params.yaml`, or those of
-another folder of that layout (--train), without labels. With --axes both labellers see the features projected on so
-many axes, which is faster; features may be kept in a file (--cache), and the CRF left out (--crf-every 0). Settings
-are those of `params.yaml`, section `stego`; `--sweep` varies them one at a time.
+DIR holds `objects/` and `scenes/` in the layout of `data/embedded`, drawn from another seed
+(`u2seg.scenes.draw_dataset`), so that nothing is tuned on the images that the tables report. Training sees the images
+of `params.yaml`, or those of another folder of that layout (--train), without labels. With --axes both labellers see
+the features projected on so many axes, which is faster; features may be kept in a file (--cache), and the CRF left
+out (--crf-every 0). Settings are those of `params.yaml`, section `stego`; `--sweep` varies them one at a time.
 """
 import argparse, resource, statistics, tempfile, time
 from pathlib import Path
@@ -349,10 +349,10 @@ def main():
 
 `python benchmarks/stego.py --labelled DIR{options}`, one thread.
 {len(truth.maps)} labelled images of the object-centric and scene-centric sets, drawn from another seed than
-`data/embedded`; {p['n_classes']} clusters matched one-to-one to 8 thing and 6 stuff classes (clusters beyond that count as wrong);
-"stuff": pixels of the 6 stuff classes alone, matched one-to-one anew. Trained on {len(features)} images; scored on maps
-made at {truth.size} px. Features `{p['feature']}`{note}, the same for both.
-Mean (lowest - highest) of {args.seeds} seeds.
+`data/embedded`; {p['n_classes']} clusters matched one-to-one to 8 thing and 6 stuff classes (clusters beyond that
+count as wrong); "stuff": pixels of the 6 stuff classes alone, matched one-to-one anew.
+Trained on {len(features)} images; scored on maps made at {truth.size} px.
+Features `{p['feature']}`{note}, the same for both. Mean (lowest - highest) of {args.seeds} seeds.
 
 {table}
 
