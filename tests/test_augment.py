@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from u2seg.augment import copy_paste, crop, hflip, jitter, masks_to_boxes, paste, resize, semantic_copy_paste, short_side, view, visible
+from u2seg.augment import (_any, copy_paste, crop, hflip, jitter, masks_to_boxes, paste, resize, semantic_copy_paste,
+                           short_side, view, visible)
 
 
 def scene(rng, h=20, w=26, m=3, n_labels=2, sem=True):
@@ -187,3 +188,10 @@ def test_visible_deletes_only_what_is_empty():
     target['masks'][2] = False
     t = visible(target)
     assert torch.equal(t['labels'], target['labels'][[0, 1, 3]]) and torch.equal(t['masks'], target['masks'][[0, 1, 3]])
+
+@pytest.mark.parametrize('shape', [(3, 17, 23), (0, 5, 7), (1, 1, 1)])
+def test_byte_wise_any_is_any(shape):
+    x = torch.rand(shape, generator=torch.Generator().manual_seed(0)) > .95
+    for y in (x, x.mT, x.flip(1)):
+        for dim in range(3):
+            if y.shape[dim]: assert torch.equal(_any(y, dim), y.any(dim))

@@ -13,12 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # %% ../nbs/31_augment.ipynb #masks_to_boxes
+def _any(x, dim):
+    "`x.any(dim)` of bool x: the largest byte, which a CPU finds faster."
+    return x.view(torch.uint8).amax(dim) > 0
+
 def masks_to_boxes(masks:Tensor, # bool [m, H, W]
                    )->Tensor:    # float [m, 4] xyxy, pixel edges; zeros where a mask is empty
     "Tight boxes of masks."
     if masks.ndim != 3: raise ValueError(f'masks must be [m, H, W], got {list(masks.shape)}')
     H, W = masks.shape[1:]
-    rows, cols = masks.any(2), masks.any(1)                       # [m, H], [m, W]
+    rows, cols = _any(masks, 2), _any(masks, 1)                   # [m, H], [m, W]
     if not len(masks): return torch.zeros(0, 4, device=masks.device)
     y0, x0 = rows.byte().argmax(1), cols.byte().argmax(1)
     y1, x1 = H - rows.flip(1).byte().argmax(1), W - cols.flip(1).byte().argmax(1)
@@ -28,7 +32,7 @@ def masks_to_boxes(masks:Tensor, # bool [m, H, W]
 def visible(target:dict, # its `boxes` may be stale
             )->dict:     # `boxes` from `masks`; instances without a pixel deleted
     "Delete emptied instances and recompute the boxes."
-    keep = target['masks'].flatten(1).any(1)
+    keep = _any(target['masks'].flatten(1), 1)
     masks = target['masks'] if keep.all() else target['masks'][keep]
     return {**target, 'masks': masks, 'labels': target['labels'][keep], 'boxes': masks_to_boxes(masks)}
 
@@ -109,10 +113,10 @@ def paste(image:Tensor,     # uint8 [3, H, W]
     "Lay objects over a picture: colours, masks, boxes and stuff labels (U2Seg, section 3.3)."
     over, below = alpha >= .5, target['masks']
     hit = over.flatten(1).float() @ below.flatten(1).float().T                 # [p, m] shared pixels
-    keep = over.flatten(1).any(1) & (hit < max_cover * below.flatten(1).sum(1)).all(1)
+    keep = _any(over.flatten(1), 1) & (hit < max_cover * below.flatten(1).sum(1)).all(1)
     if not keep.any(): return image, target
     over, a = over[keep], alpha[keep].amax(0)
-    cover = over.any(0)
+    cover = _any(over, 0)
     out = {**target, 'masks': torch.cat([below & ~cover, over]), 'labels': torch.cat([target['labels'], labels[keep]])}
     if 'sem' in target: out['sem'] = target['sem'].masked_fill(cover, 0)
     return (image * (1 - a) + pixels * a).round().byte(), visible(out)
