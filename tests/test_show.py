@@ -112,3 +112,10 @@ def test_large_pictures_shrink_and_their_titles_do_not():
     assert 400_000 < width*height < 550_000 and width/height > 2                              # the pictures, titles and gaps beside them
     assert grid([np.zeros((30, 40, 3), np.uint8)]*2, n_columns=2).get_size_inches().tolist() == [.84, .3]   # small ones stay as they are
     assert {a.title.get_fontsize() for a in fig.axes} == {8.}
+
+
+def test_overlay_of_a_large_photo_needs_little_memory():
+    import tracemalloc
+    image, ids = np.full((2000, 3000, 3), 90, np.uint8), np.zeros((2000, 3000), np.int32); ids[300:900, 500:2500] = 7
+    tracemalloc.start(); out = overlay(image, ids); peak = tracemalloc.get_traced_memory()[1]; tracemalloc.stop()
+    assert peak < 3 * image.nbytes and (out[::9] != image[::9]).any()

@@ -33,11 +33,14 @@ def overlay(image:np.ndarray,  # uint8 [H, W, 3]
             )->np.ndarray:     # uint8 [H, W, 3]
     "The picture with each segment in the colour of its id; colours repeat after 255 ids."
     if image.dtype != np.uint8 or image.shape != (*ids.shape, 3): raise ValueError(f'image must be uint8 {[*ids.shape, 3]} to fit ids, got {image.dtype} {list(image.shape)}')
-    colour = PALETTE[np.where(ids > 0, (ids - 1) % 255 + 1, 0)]
-    weight = np.where(ids > 0, alpha, 0)[..., None]
-    out = image*(1 - weight) + colour*weight
-    if outline: out = np.where(_edges(ids)[..., None], .15*out + .85*255, out)
-    return (out + .5).astype(np.uint8)
+    edges, done = _edges(ids) if outline else np.zeros(ids.shape, bool), np.empty_like(image)
+    step = max(2**18//max(ids.shape[1], 1), 1)                     # rows at a time: floats of a large photo would fill the memory
+    for rows in (slice(i, i + step) for i in range(0, len(ids), step)):
+        colour = PALETTE[np.where(ids[rows] > 0, (ids[rows] - 1) % 255 + 1, 0)]
+        weight = np.where(ids[rows] > 0, alpha, 0)[..., None]
+        out = image[rows]*(1 - weight) + colour*weight
+        done[rows] = np.where(edges[rows][..., None], .15*out + .85*255, out) + .5
+    return done
 
 # %% ../nbs/02_show.ipynb #edges
 def _edges(ids):
