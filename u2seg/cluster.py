@@ -74,7 +74,7 @@ def embed_crops(features:nn.Module,  # a `ViTFeatures`
     "One vector for each crop."
     if embedding not in EMBEDDINGS: raise ValueError(f'embedding must be one of {", ".join(EMBEDDINGS)}, got {embedding!r}')
     device, out = next(features.parameters()).device, []
-    if device.type == 'cpu': batch_size = 1                                                                     # see `one_by_one`
+    if device.type == 'cpu': batch_size = 1    # see `one_by_one`
     for i in range(0, len(crops), batch_size):
         x = normalize(torch.from_numpy(crops[i:i + batch_size]).to(device).permute(0, 3, 1, 2).float()/255)
         if embedding == 'cls': out.append(features.cls(x).cpu().numpy()); continue

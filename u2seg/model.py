@@ -751,7 +751,8 @@ class PanopticRCNN(nn.Module):
         if not images: return self.nothing() if self.training else []
         parts = [] if self.training else companions([x.shape[-2:] for x in images], self.stride, self.pixel_mean.device)
         if len(parts) > 1:
-            found = {i: f for p in parts for i, f in zip(p, self([images[i] for i in p], sizes=sizes and [sizes[i] for i in p]))}
+            each = [(p, self([images[i] for i in p], sizes=sizes and [sizes[i] for i in p])) for p in parts]
+            found = {i: f for p, results in each for i, f in zip(p, results)}
             return [found[i] for i in range(len(images))]
         x, shapes = self.batch(images)
         features, targets = self.backbone(x), targets if self.training else None

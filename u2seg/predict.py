@@ -157,7 +157,7 @@ class U2Seg:
         "How many of these pictures fit into memory together."
         c = self.model.config
         seen = [int(np.prod(short_side(s, c['min_size'], c['max_size']))) for s in sizes]
-        seen = (np.maximum if str(self.device) == 'cpu' else np.add).accumulate(seen)                  # one by one, or at worst all in one batch
+        seen = (np.maximum if str(self.device) == 'cpu' else np.add).accumulate(seen) # alone, or all at once
         own = np.cumsum([h * w * (4 * (c['n_stuff'] + 2) + c['max_detections'] + 16) for h, w in sizes])
         need = own + seen * 600 * c['width'] / 64
         return max(1, int((need <= (free_memory(self.device) // 2 if free is None else free)).sum()))

@@ -495,9 +495,10 @@ def detect(model:nn.Module,      # in eval mode: images -> [{boxes, scores, labe
 def predict(model:nn.Module,      # in eval mode
             images:list[np.ndarray], # uint8 [H, W, 3]
             *, short:int, max_size:int)->list[dict]: # results at the images' own sizes, in their order
-    "Run the model on images of any size, resized as bytes by Pillow as in the official code; none changes the result of another."
+    "Run the model on images of any size, resized by Pillow as in the official code; none changes another's result."
     device, sizes = next(model.parameters()).device, [im.shape[:2] for im in images]
-    seen = [Image.fromarray(im).resize(short_side(s, short, max_size)[::-1], Image.Resampling.BILINEAR) for im, s in zip(images, sizes)]
+    seen = [Image.fromarray(im).resize(short_side(im.shape[:2], short, max_size)[::-1], Image.Resampling.BILINEAR)
+            for im in images]
     return model([torch.from_numpy(np.array(x)).permute(2, 0, 1).to(device) for x in seen], sizes=sizes)
 
 def _detect(model, loaded, *, min_score, n_max, short, max_size, category_ids):
