@@ -125,9 +125,11 @@ def main():
     about = (f'{len(rows)} {kind_of(a.photos)} at {8*a.grid} px, patch 8, {DIM}-d, N = {N_MASKS}; from keys to '
              'run-length codes; for each image in turn the reference once, and ours three times (median).')
     crf = 'different numerics of the CRF included' if dcrf else 'the same CRF on both sides'
+    untimed = '' if dcrf else ('The CRF is not timed (pydensecrf is not installed); its ratio is smaller, '
+                               '`benchmarks/results/crf.md`, and so is that of the whole. ')
     title = heading('MaskCut after the backbone', a.threads, ('torch', 'scipy', 'numba'), f'{SIDES} {RATIO}')
     publish([*title, about, '', *table(rows), '',
              f"Final masks: worst IoU of an image's masks {min(agree):.3f}, median {np.median(agree):.3f} ({crf}). "
-             'The backbone itself: `benchmarks/features.py`.', '', *roofline()], a.out)
+             f'{untimed}The backbone itself: `benchmarks/features.py`.', '', *roofline()], a.out)
 
 if __name__ == '__main__': main()
