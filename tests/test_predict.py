@@ -182,6 +182,12 @@ def test_one_picture_too_large_is_one_sentence(weights, monkeypatch):
 def test_a_device_that_is_not_there_is_one_sentence(weights, device):
     with pytest.raises(ValueError, match=f"^device '{device}' is not there; this machine has cpu[^\\n]*$"): U2Seg.from_pretrained(weights, device=device)
 
+@pytest.mark.parametrize('n', [0, -1, 2.5, '4'])
+def test_a_batch_size_that_is_none_is_refused(weights, tmp_path, n):
+    write_png(tmp_path/'a.png', picture())
+    with pytest.raises(ValueError, match='batch_size must be a whole number of at least 1'): U2Seg.from_pretrained(weights, device='cpu').predict([picture()], batch_size=n)
+    with pytest.raises(ValueError, match='batch_size must be a whole number of at least 1'): predict_folder(tmp_path/'a.png', weights, tmp_path/'out', device='cpu', batch_size=n)
+
 def test_devices_that_are_there(weights):
     assert U2Seg.from_pretrained(weights, device='cpu:0').device == U2Seg.from_pretrained(weights, device=torch.device('cpu')).device == 'cpu'
     if not torch.cuda.is_available():

@@ -113,6 +113,9 @@ def check_device(device:str|torch.device|None=None)->str: # 'cpu', 'cuda' or 'cu
     if (found.index or 0) < dict(cpu=1, cuda=n).get(found.type, 0): return 'cpu' if found.type == 'cpu' else str(found)
     raise ValueError(f"device {str(device)!r} is not there; this machine has cpu{''.join(f', cuda:{i}' for i in range(n))}")
 
+def _check_batch_size(n):
+    if n is not None and (not isinstance(n, int) or n < 1): raise ValueError(f'batch_size must be a whole number of at least 1, or None, got {n!r}')
+
 # %% ../nbs/33_predict.ipynb #U2Seg
 class U2Seg:
     "A trained model, ready for pictures."
@@ -138,6 +141,7 @@ class U2Seg:
     def predict(self, images, # a picture (see `as_image`), a list of them, or an array [b, H, W, 3] or tensor [b, 3, H, W]
                 *, batch_size:int|None=None, # None: what the free memory allows; halved when that was too much
                 )->Prediction|list[Prediction]:
+        _check_batch_size(batch_size)
         if isinstance(images, (np.ndarray, Tensor)) and images.ndim == 4: images = list(images)
         if not isinstance(images, (list, tuple)): return self.predict([images], batch_size=1)[0]
         out, most = [], batch_size or 16
@@ -209,6 +213,7 @@ def predict_folder(images:str|Path|list, # files, folders, patterns
     "Overlays, COCO panoptic PNG + JSON and COCO instances of many pictures; resumes where it was stopped. `ValueError` if `out` holds other results."
     out = Path(out)
     if out.exists() and not out.is_dir(): raise ValueError(f'{out}: is a file, where the folder of the results is to be')
+    _check_batch_size(batch_size)
     root, items = find_images(images, without=out)
     model = U2Seg.from_pretrained(weights, config=config, device=device)
     key = dict(weights=_digest(model.model), config=model.model.config, names=model.names, root=str(root))
