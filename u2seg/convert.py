@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .evaluate import check_runs
+from .coco import check_segments, read_instances, read_panoptic
 from .images import encode_rle, instances_json, list_images, mask_to_box, read_ids, read_json, write_ids, write_json, write_png
 from .model import BLOCKS, build_model, load_weights, rename, rename_weights, save_weights
 from .panoptic import stuff_map
@@ -63,12 +63,13 @@ def convert_checkpoint(path:str|Path, # a file that `u2seg.weights` reads, in de
 
 # %% ../nbs/93_convert.ipynb #flat
 def _flat(coco, path):
-    "Images and annotations of the known forms, each annotation with its image's id."
+    "What COCO, CutLER and U2Seg write, as one instance file: masks alone count, one class where there are none."
     try:
         notes = coco['annotations']
-        if isinstance(notes, dict): notes = [dict(s, image_id=int(i)) for i, entry in notes.items() for s in entry['segments_info']]
-        return {im['id']: dict(im) for im in coco['images']}, [dict(a, category_id=int(a.get('category_id', 1))) for a in notes if a['image_id'] is not None], coco.get('categories') or [dict(id=1, name='fg')]
-    except (AttributeError, KeyError, TypeError, ValueError) as e: raise ValueError(f'{path}: not an annotation file of COCO, CutLER or U2Seg ({type(e).__name__}: {e})') from None
+        if isinstance(notes, dict): notes = [dict(s, image_id=i) for i, entry in notes.items() for s in entry['segments_info']]
+        notes = [dict(a, category_id=a.get('category_id', 1), bbox=None) for a in notes if a['image_id'] is not None]
+        return dict(coco, annotations=notes, categories=coco.get('categories') or [dict(id=1, name='fg')])
+    except (AttributeError, KeyError, TypeError, ValueError) as e: raise ValueError(f'{path}: not an annotation file of COCO, CutLER or U2Seg ({type(e).__name__}: {str(e)[:100]})') from None
 
 def _upright(image, sizes, path):
     "The image's entry with the size that its masks have."
@@ -87,25 +88,22 @@ def convert_instances(path:str|Path, # JSON of COCO's, CutLER's or U2Seg's form
     "Masks of others as our `instances.json`."
     try: images_, notes, names, counts = _instances(read_json(path), path, images, folders)
     except (AttributeError, KeyError, OverflowError, TypeError) as e: raise ValueError(f'{path}: not an annotation file of COCO, CutLER or U2Seg ({type(e).__name__}: {str(e)[:100]})') from None
-    try: coco = instances_json(images_, notes, names)
-    except Exception as e: raise ValueError(f'{path}: a mask cannot be decoded ({type(e).__name__}: {str(e)[:100]})') from None
-    write_json(Path(out)/'instances.json', coco)
+    write_json(Path(out)/'instances.json', instances_json(images_, notes, names))
     return counts
 
 def _instances(coco, path, root, folders):
     "Images, annotations, categories as they are written; counts."
-    given, notes, categories = _flat(coco, path)
+    coco = read_instances(_flat(coco, path), name=path, loose=True)
+    given, notes, categories = {im['id']: im for im in coco['images']}, coco['annotations'], coco['categories']
     sizes = {i: set() for i in given}
-    try:
-        for a in notes: sizes[a['image_id']].add(tuple(check_runs(a['segmentation'])['size']))
-    except (KeyError, TypeError, ValueError) as e: raise ValueError(f'{path}: an annotation without a run-length mask or of an unknown image ({type(e).__name__}: {e})') from None
+    for a in notes: sizes[a['image_id']].add(tuple(a['segmentation']['size']))
     turned, entries = 0, {}
     for i, im in given.items(): entries[i], swapped = _upright(im, sizes[i], path); turned += swapped
     here = entries if root is None else _matched(entries, root, folders, path)
     shift = int(min((a['category_id'] for a in notes), default=1) == 0)                       # ids from 0 on
-    kept = [dict(image_id=here[a['image_id']]['id'], category_id=a['category_id'] + shift, segmentation=a['segmentation'], **({'score': a['score']} if 'score' in a else {})) for a in notes if a['image_id'] in here]
-    names = [dict(id=int(c['id']) + shift, name=str(c.get('name', c['id']))) for c in categories if c.get('isthing', 1)]
-    counts = dict(images=len(here), annotations=len(kept), turned=turned, not_found=len(entries) - len(here))
+    kept = [dict(image_id=here[a['image_id']]['id'], category_id=a['category_id'] + shift, segmentation=a['segmentation'], iscrowd=a['iscrowd'], **({'score': a['score']} if 'score' in a else {})) for a in notes if a['image_id'] in here]
+    names = [dict(id=c['id'] + shift, name=c['name']) for c in categories if c.get('isthing', 1)]
+    counts = dict(images=len(here), annotations=len(kept), turned=turned, not_found=len(entries) - len(here), left_out=len(coco.left_out))
     return sorted(here.values(), key=lambda im: im['id']), sorted(kept, key=lambda a: a['image_id']), names, counts
 
 def _matched(entries, root, folders, path):
@@ -128,14 +126,14 @@ def convert_panoptic(path:str|Path, maps:str|Path, # panoptic JSON; folder of it
                      out:str|Path,                 # folder for panoptic.json, panoptic/, instances.json, stuff/
                      )->dict:                      # counts
     "Merged labels of others in the form of the stage panoptic."
-    coco, out, notes, instances, lost = read_json(path), Path(out), [], [], 0
-    try:
-        things = {c['id'] for c in coco['categories'] if c['isthing']}
-        if things != set(range(1, len(things) + 1)): raise ValueError('the things must be categories 1 ... K')
-        images, names = {im['id']: im for im in coco['images']}, [dict(id=c['id'], name=str(c['name']), isthing=int(c['isthing'])) for c in coco['categories']]
-        todo = [(a['image_id'], Path(str(a['file_name'])).name, [(int(s['id']), int(s['category_id'])) for s in a['segments_info']]) for a in coco['annotations']]
-        entries = [dict(id=i, file_name=images[i]['file_name']) for i, *_ in todo]
-    except (KeyError, TypeError, ValueError) as e: raise ValueError(f'{path}: not a panoptic file ({type(e).__name__}: {e})') from None
+    coco, out, notes, instances, lost = read_panoptic(path), Path(out), [], [], 0
+    things = {c['id'] for c in coco['categories'] if c['isthing']}
+    if things != set(range(1, len(things) + 1)): raise ValueError(f'{path}: not a panoptic file of pseudo-labels (the things must be categories 1 ... K)')
+    names, files = [{k: c[k] for k in ('id', 'name', 'isthing')} for c in coco['categories']], {im['id']: im.get('file_name') for im in coco.get('images', [])}
+    todo = [(a['image_id'], Path(str(a['file_name'])).name, [(s['id'], s['category_id']) for s in a['segments_info']]) for a in coco['annotations']]
+    entries = [dict(id=i, file_name=files.get(i)) for i, *_ in todo]
+    for e in entries:
+        if e['file_name'] is None: raise ValueError(f"{path}: not a panoptic file (image {e['id']} has no file_name)")
     for entry, (i, name, segments) in zip(entries, todo):
         old = read_ids(Path(maps)/name)
         ids, info = np.zeros_like(old), []
@@ -156,16 +154,19 @@ def convert_cityscapes(path:str|Path, # gtFine/cityscapes_panoptic_<split>.json,
                        out:str|Path,  # leftImg8bit
                        )->dict:       # counts
     "Panoptic ground truth of Cityscapes in COCO's layout."
-    path, coco = Path(path), read_json(path)
+    path, coco = Path(path), read_panoptic(path)
     split = path.stem.removeprefix('cityscapes_panoptic_')
     try:
-        number = {im['id']: i for i, im in enumerate(sorted(coco['images'], key=lambda im: str(im['id'])), 1)}
-        images = [dict(id=number[im['id']], file_name=f"{str(im['id']).split('_')[0]}/{im['id']}_leftImg8bit.png", height=im['height'], width=im['width']) for im in coco['images']]
+        name = {i: str(k) for k, i in coco.ids.items()}
+        number = {i: n for n, i in enumerate(sorted(name, key=name.get), 1)}
+        images = [dict(id=number[im['id']], file_name=f"{name[im['id']].split('_')[0]}/{name[im['id']]}_leftImg8bit.png", height=im['height'], width=im['width']) for im in coco['images']]
         notes = [dict(a, image_id=number[a['image_id']], file_name=f"{number[a['image_id']]:012d}.png") for a in coco['annotations']]
         maps = [path.with_suffix('')/Path(a['file_name']).name for a in coco['annotations']]
     except (KeyError, TypeError) as e: raise ValueError(f'{path}: not a panoptic file of Cityscapes ({type(e).__name__}: {e})') from None
     to = Path(out)/'annotations'/f'panoptic_{split}'
-    for a, source in zip(notes, maps): write_ids(to/a['file_name'], read_ids(source))
+    for a, source in zip(notes, maps):
+        ids = read_ids(source)
+        check_segments(ids, a, 'ground truth'); write_ids(to/a['file_name'], ids)
     write_json(to.with_suffix('.json'), dict(images=images, annotations=notes, categories=coco['categories']))
     return dict(images=len(images), segments=sum(len(a['segments_info']) for a in notes))
 

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import Dataset
 
 from .augment import masks_to_boxes
-from .evaluate import all_rows, read_truth, score
+from .evaluate import all_rows, read_truth, score, sound
 from .features import own_device
 from .images import read_ids, read_image, read_json, write_json
 from .matching import file_hash
@@ -78,6 +78,7 @@ def few_shot(job:dict, # weights: path or None; percent; seed; n_iters; trunk: t
     key = file_hash(job['weights']) if job['weights'] else '', json.loads(json.dumps([job, train, val, config, batches, training, n_val]))
     if path.exists() and (done := read_json(path)).pop('key', None) == list(key): return done
     truths = [read_truth(root, share) for share in train]
+    scored = {share: sound(read_truth(root, share, n_images=n_val), root) for share in val}
     n = sum(len(t['images']) for t in truths)
     data = LabelledPictures(root, truths, nested_subsets(n, percents=[job['percent']], seed=job['seed'])[job['percent']])
     with torch.random.fork_rng(devices=[]):
@@ -86,9 +87,8 @@ def few_shot(job:dict, # weights: path or None; percent; seed; n_iters; trunk: t
     model.to(own_device())
     if job['weights']: load_weights(model, job['weights'], without=(*CLASS_LAYERS, *HEADS) if job.get('trunk') else CLASS_LAYERS)
     rows = fit(model, Batches(data, seed=job['seed'], **batches), folder=folder, n_iters=job['n_iters'], **dict(training, steps=[round(s * job['n_iters']) if s < 1 else s for s in training['steps']]))
-    truths = {share: read_truth(root, share, n_images=n_val) for share in val}
-    found = all_rows(root, {share: t['images'] for share, t in truths.items()}, model=model, parts=None, folder=folder, key=dict(run=key), batch_size=8, n_procs=1)
-    scores = [score(found[share]['U2Seg'], t, dict(things=np.array(t['things']), stuff=np.array(t['stuff']))) for share, t in truths.items()]
+    found = all_rows(root, {share: t['images'] for share, t in scored.items()}, model=model, parts=None, folder=folder, key=dict(run=key), batch_size=8, n_procs=1)
+    scores = [score(found[share]['U2Seg'], t, dict(things=np.array(t['things']), stuff=np.array(t['stuff']))) for share, t in scored.items()]
     result = dict(job, n_images=len(data), loss=rows[-1]['loss'], **{k: float(np.mean([s[k] for s in scores])) for k in scores[0]})
     write_json(path, dict(result, key=key))
     return result

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['NO_DATA', 'MEAN', 'STD', 'SUFFIXES', 'ImageError', 'read_image', 'to_tensor', 'normalize', 'resize_image',
-           'resize_mask', 'list_images', 'part_of', 'write_atomic', 'write_json', 'read_json', 'encode_rle',
-           'decode_rle', 'mask_to_box', 'ids_to_rgb', 'rgb_to_ids', 'write_ids', 'read_ids', 'write_png',
-           'instances_json', 'by_image']
+           'resize_mask', 'list_images', 'part_of', 'write_atomic', 'write_json', 'read_json', 'next_run', 'filled',
+           'whole', 'compressed', 'encode_rle', 'decode_rle', 'mask_to_box', 'ids_to_rgb', 'rgb_to_ids', 'write_ids',
+           'read_ids', 'write_png', 'instances_json', 'by_image']
 
 # %% ../nbs/00_images.ipynb #imports
-import io, json, os, uuid
+import io, json, os, re, uuid
 from pathlib import Path
 
 import numpy as np
 import torch
+from numba import njit
 from PIL import Image
 from pycocotools import mask as coco_mask
 from torch import Tensor
@@ -148,7 +149,69 @@ def read_json(path:str|Path):
     "Read JSON; `ValueError` names a file that is missing or broken."
     try: return json.loads(Path(path).read_bytes())
     except FileNotFoundError: raise ValueError(f'{path}: no such file') from None
+    except RecursionError: raise ValueError(f'{path}: not valid JSON (nested too deeply)') from None
     except ValueError as e: raise ValueError(f'{path}: not valid JSON ({str(e)[:100]})') from None
+
+# %% ../nbs/00_images.ipynb #filled
+@njit(cache=True, nogil=True)
+def next_run(code, p, end, base):
+    "The run at byte `p` of a compressed code, as a difference to `base`, and where the next one begins; -1 if the code is broken."
+    run, shift, c = 0, 0, 32
+    while c & 32:
+        c = np.int64(code[p]) - 48 if p < end else -1
+        if c < 0 or c > 63 or shift > 30: return -1, p
+        run |= (c & 31) << shift
+        shift, p = shift + 5, p + 1
+    if c & 16: run |= -1 << shift
+    return max(run + base, -1), p
+
+@njit(cache=True, nogil=True)
+def _filled(code, start, pixels):
+    out = np.zeros(len(pixels), np.bool_)
+    for i in range(len(pixels)):
+        at, n, base, last, p = 0, 0, 0, 0, start[i]
+        while p < start[i + 1] and 0 <= at <= pixels[i]:
+            run, p = next_run(code, p, start[i + 1], base if n > 2 else 0)
+            at, n, base, last = at + run if run >= 0 else -1, n + 1, last, run
+        out[i] = at == pixels[i]
+    return out
+
+def filled(codes:list[str|bytes], # compressed run-length codes
+           pixels:list[int],      # of each mask
+           )->np.ndarray:         # bool [n]
+    "Whether the runs of each code fill its mask."
+    codes = [c.encode(errors='replace') if isinstance(c, str) else c for c in codes]
+    start = np.cumsum([0, *map(len, codes)])
+    return _filled(np.frombuffer(b''.join(codes), np.uint8), start, np.array(pixels, np.int64))
+
+# %% ../nbs/00_images.ipynb #compressed
+def whole(x)->int|None: # None: it means no integer
+    "The integer that a number or a text means."
+    if type(x) is int: return x if abs(x) < 2**63 else None
+    if isinstance(x, np.integer): return int(x)
+    if isinstance(x, float): return int(x) if x.is_integer() and abs(x) < 2**53 else None
+    return int(m[1]) if isinstance(x, str) and (m := re.fullmatch(r'\s*([+-]?[0-9]{1,18})(\.0*)?\s*', x)) else None
+
+def _sides(size):
+    "Height and width of a mask, if they are of a mask that can be."
+    if not isinstance(size, (list, tuple)) or len(size) != 2: raise ValueError(f'a mask of size {str(size)[:50]}')
+    h, w = (whole(v) or 0 for v in size)
+    if not (0 < h < 2**16 and 0 < w < 2**16 and h * w <= 2**28): raise ValueError(f'a mask of {str(size[0])[:20]} x {str(size[1])[:20]}')
+    return h, w
+
+def compressed(rle:dict, # {size, counts}; counts compressed (str or bytes) or a list
+               *, check:bool=True)->dict: # the same, compressed; `check` false: whether a compressed code fills its mask is left to the caller
+    "A run-length code that pycocotools can be given; `ValueError` unless the runs fill the mask."
+    if not isinstance(rle, dict) or not {'size', 'counts'} <= rle.keys(): raise ValueError('a mask without `size` and `counts`')
+    (h, w), counts = _sides(rle['size']), rle['counts']
+    if isinstance(counts, (str, bytes)): good = not check or filled([counts], [h * w])[0]
+    else:
+        try: runs = np.asarray(counts, float)
+        except (TypeError, ValueError, OverflowError): runs = np.zeros(0)
+        good = runs.ndim == 1 and runs.size and (runs >= 0).all() and (runs == np.floor(runs)).all() and runs.sum() == h * w
+        counts = coco_mask.frPyObjects(dict(size=[h, w], counts=runs.astype(int).tolist()), h, w)['counts'].decode() if good else ''
+    if not good: raise ValueError(f'runs that do not fill a mask of {h} x {w}')
+    return dict(size=[h, w], counts=counts)
 
 # %% ../nbs/00_images.ipynb #rle
 def encode_rle(mask:np.ndarray, # bool [H, W]
@@ -160,9 +223,8 @@ def encode_rle(mask:np.ndarray, # bool [H, W]
 
 def decode_rle(rle:dict,     # {size, counts}; counts compressed (str or bytes) or a list
                )->np.ndarray: # bool [H, W]
-    "Mask of a COCO run-length code."
-    if isinstance(rle['counts'], list): rle = coco_mask.frPyObjects(rle, *rle['size'])
-    return coco_mask.decode(rle).astype(bool)
+    "Mask of a COCO run-length code; `ValueError` unless its runs fill it."
+    return coco_mask.decode(compressed(rle)).astype(bool)
 
 def mask_to_box(mask:np.ndarray, # bool [H, W]
                 )->list[float]:  # [x, y, width, height], pixels; zeros if the mask is empty

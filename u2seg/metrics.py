@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from .images import encode_rle, mask_to_box, read_json
+from .coco import check_segments, read_instances, read_panoptic, read_results
+from .images import encode_rle, mask_to_box
 from .png import count_pairs, read_map, read_runs
 
 # %% ../nbs/71_metrics.ipynb #pair_counts
@@ -30,24 +31,13 @@ def pair_counts(truth:np.ndarray, # int [H, W] segment ids
     return pairs >> 24, pairs & 0xffffff, pixels
 
 # %% ../nbs/71_metrics.ipynb #pq_image
-def _segments(annotation, ids, categories, what):
-    "Class of each segment id of one image, after checking that PNG and JSON agree."
-    classes = {s['id']: s['category_id'] for s in annotation['segments_info']}
-    image = f"image {annotation['image_id']}: {what}"
-    for c in classes.values():
-        if c not in categories: raise ValueError(f'{image}: category {c} is not one of the ground truth')
-    if what == 'prediction':
-        strange, absent = set(ids) - set(classes) - {0}, set(classes) - set(ids)
-        if strange: raise ValueError(f'{image}: segment {min(strange)} is in the PNG, not in the JSON')
-        if absent: raise ValueError(f'{image}: segment {min(absent)} is in the JSON, not in the PNG')
-    return classes
-
-def _pq_image(truth, pred, pairs, categories):
+def _pq_image(truth, pred, pairs):
     "Matched pairs [(class, IoU)], classes of false positives, classes of false negatives of one image."
     g, p, n = (x.tolist() for x in pairs)
     both, g_area, p_area = dict(zip(zip(g, p), n)), {}, {}
     for (i, j), k in both.items(): g_area[i] = g_area.get(i, 0) + k; p_area[j] = p_area.get(j, 0) + k
-    g_class, p_class = _segments(truth, g_area, categories, 'ground truth'), _segments(pred, p_area, categories, 'prediction')
+    check_segments(g_area, truth, 'ground truth'); check_segments(p_area, pred, 'prediction')
+    g_class, p_class = ({s['id']: s['category_id'] for s in a['segments_info']} for a in (truth, pred))
     g_area |= {s['id']: s['area'] for s in truth['segments_info'] if 'area' in s}
     crowd = {s['id'] for s in truth['segments_info'] if s.get('iscrowd')}
     crowd_of = {g_class[s]: s for s in g_class if s in crowd}
@@ -60,15 +50,13 @@ def _pq_image(truth, pred, pairs, categories):
     return matches, [c for j, c in p_class.items() if j not in p_matched and not forgiven(j, c)], [c for i, c in g_class.items() if i not in g_matched | crowd]
 
 # %% ../nbs/71_metrics.ipynb #pairs
-def _load(x): return read_json(x) if isinstance(x, (str, Path)) else x
-
-def _map(folder, name): return folder[name] if isinstance(folder, dict) else read_map(Path(folder)/name)
+def _map(folder, name): return folder[name] if isinstance(folder, dict) else read_map(Path(folder)/str(name))
 
 def _pairs(gt_dir, gt_name, pred_dir, pred_name):
     "Pairs of ids and their pixels: from runs where both maps are files that give them."
     folders = not isinstance(gt_dir, dict) and not isinstance(pred_dir, dict)
-    a = read_runs(Path(gt_dir)/gt_name) if folders else None
-    b = read_runs(Path(pred_dir)/pred_name) if a is not None else None
+    a = read_runs(Path(gt_dir)/str(gt_name)) if folders else None
+    b = read_runs(Path(pred_dir)/str(pred_name)) if a is not None else None
     return count_pairs(a, b) if b is not None else pair_counts(_map(gt_dir, gt_name), _map(pred_dir, pred_name))
 
 def _average(per_class, ids):
@@ -82,13 +70,14 @@ def panoptic_quality(gt_json:str|Path|dict,  # COCO panoptic ground truth
                      *, n_workers:int=1,     # threads
                      )->dict: # All, Things, Stuff: {pq, sq, rq, n}; per_class: {id: {pq, sq, rq, tp, fp, fn, iou}}
     "Panoptic quality (Kirillov et al. 2019), equal to panopticapi's."
-    gt, found = _load(gt_json), {a['image_id']: a for a in _load(pred_json)['annotations']}
+    gt = read_panoptic(gt_json)
+    found = {a['image_id']: a for a in read_panoptic(pred_json, gt)['annotations']}
     categories = {c['id']: c for c in gt['categories']}
     for a in gt['annotations']:
         if a['image_id'] not in found: raise ValueError(f"no prediction for image {a['image_id']}")
     def one(a):
         b = found[a['image_id']]
-        return _pq_image(a, b, _pairs(gt_dir, a['file_name'], pred_dir, b['file_name']), categories)
+        return _pq_image(a, b, _pairs(gt_dir, a['file_name'], pred_dir, b['file_name']))
     per_class = {c: dict(iou=0., tp=0, fp=0, fn=0) for c in categories}
     with ThreadPoolExecutor(n_workers) as pool:
         for matches, extra, missed in (pool.map if n_workers > 1 else map)(one, gt['annotations']):
@@ -147,17 +136,18 @@ def instances_from_panoptic(panoptic:str|Path|dict, # COCO panoptic
                             folder:str|Path|dict,   # its PNGs, or {file_name: int [H, W]}
                             )->dict:                # COCO instances: the things, each with its mask
     "COCO instances from a panoptic ground truth."
-    panoptic = _load(panoptic)
+    panoptic = read_panoptic(panoptic)
     things = [c for c in panoptic['categories'] if c['isthing']]
     ids, out = {c['id'] for c in things}, []
     for a in panoptic['annotations']:
         segments = [s for s in a['segments_info'] if s['category_id'] in ids]
         ids_map = _map(folder, a['file_name']) if segments else None
+        if segments: check_segments(ids_map, a, 'ground truth')
         for s in segments:
             mask = ids_map == s['id']
             out.append(dict(id=len(out) + 1, image_id=a['image_id'], category_id=s['category_id'], iscrowd=s.get('iscrowd', 0),
                             area=int(mask.sum()), bbox=mask_to_box(mask), segmentation=encode_rle(mask)))
-    return dict(images=panoptic['images'], annotations=out, categories=things)
+    return panoptic.but(annotations=out, categories=things)
 
 def semantic_from_panoptic(ids:np.ndarray, # int [H, W]
                            segments:list[dict], # segments_info
@@ -172,34 +162,24 @@ RECALLS = np.linspace(0, 1, 101)
 AREAS = np.array([[0, 1e10], [0, 32**2], [32**2, 96**2], [96**2, 1e10]])   # all, small, medium, large
 MAX_DETECTIONS = 1, 10, 100
 
-def _shape(a, iou_type, sizes):
-    "Box [x, y, w, h] or compressed run-length code of an annotation; its mask may be polygons or either form of code."
-    if iou_type == 'bbox' or 'segmentation' not in a:
-        x, y, w, h = a['bbox']
-        if iou_type == 'bbox': return a['bbox']
-    s = a.get('segmentation') or [[x, y, x, y + h, x + w, y + h, x + w, y]]
-    if isinstance(s, list): return coco_mask.merge(coco_mask.frPyObjects(s, *sizes[a['image_id']]))
-    return coco_mask.frPyObjects(s, *s['size']) if isinstance(s['counts'], list) else s
-
 def _keys(annotations, images, cats):
     "Index of the image and of the class (the number of classes for an unknown one) of each annotation."
-    try: image = [images[a['image_id']] for a in annotations]
-    except KeyError as e: raise ValueError(f'image {e.args[0]} is not one of the ground truth') from None
+    image = [images[a['image_id']] for a in annotations]
     return np.array(image, dtype=np.int64), np.array([cats.get(a['category_id'], len(cats)) for a in annotations], dtype=np.int64)
 
 # %% ../nbs/71_metrics.ipynb #tables
-def _objects(annotations, images, cats, sizes, iou_type, agnostic):
+def _objects(annotations, images, cats, shape, agnostic):
     "Objects sorted by group: group, class, ignored [n, area], crowd, shapes."
     image, cat = _keys(annotations, images, cats)
     order = np.lexsort((cat, image))
     rows = [annotations[i] for i in order]
-    shapes = [_shape(a, iou_type, sizes) for a in rows]
-    crowd = np.array([bool(a.get('iscrowd')) for a in rows], dtype=bool)
+    shapes = [a[shape] for a in rows]
+    crowd = np.array([a['iscrowd'] for a in rows], dtype=bool)
     area = np.array([a['area'] for a in rows], dtype=float)[:, None]
     ignored = crowd[:, None] | (area < AREAS[:, 0]) | (area > AREAS[:, 1])
     return (image if agnostic else image * (len(cats) + 1) + cat)[order], cat[order] * (not agnostic), ignored, crowd, shapes
 
-def _detections(annotations, images, cats, sizes, iou_type, agnostic, by_box):
+def _detections(annotations, images, cats, shape, agnostic, by_box):
     "Detections sorted by group and score, at most 100 a group: group, class, rank, score, out of range [n, area], shapes."
     image, cat = _keys(annotations, images, cats)
     score = np.array([a['score'] for a in annotations], dtype=float)
@@ -209,8 +189,8 @@ def _detections(annotations, images, cats, sizes, iou_type, agnostic, by_box):
     rank = np.arange(len(order)) - np.repeat(first, np.diff(first, append=len(order)))
     order, rank = order[rank < MAX_DETECTIONS[-1]], rank[rank < MAX_DETECTIONS[-1]]
     rows = [annotations[i] for i in order]
-    shapes = [_shape(a, iou_type, sizes) for a in rows]
-    area = np.array([a['bbox'][2] * a['bbox'][3] for a in rows] if by_box else [coco_mask.area(s) for s in shapes], dtype=float)[:, None]
+    shapes = [a[shape] for a in rows]
+    area = np.array([a['bbox'][2] * a['bbox'][3] if by_box and a.get('bbox') else coco_mask.area(a['segmentation']) for a in rows], dtype=float)[:, None]
     return group[order], cat[order] * (not agnostic), rank, score[order], (area < AREAS[:, 0]) | (area > AREAS[:, 1]), shapes
 
 # %% ../nbs/71_metrics.ipynb #candidates
@@ -308,13 +288,12 @@ def instance_ap(gt_json:str|Path|dict,      # COCO instances
                 )->dict[str, float]:        # AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl
     "COCO's twelve figures, equal to pycocotools'."
     if iou_type not in ('segm', 'bbox'): raise ValueError(f"iou_type must be 'segm' or 'bbox', got {iou_type!r}")
-    gt, dt = _load(gt_json), _load(dt_json)
-    dt = dt['annotations'] if isinstance(dt, dict) else dt
+    shape = dict(segm='segmentation', bbox='bbox')[iou_type]
+    gt = read_instances(gt_json, masks=iou_type == 'segm')
+    dt = read_results(dt_json, gt, masks=iou_type == 'segm')
     images = {i: n for n, i in enumerate(sorted(im['id'] for im in gt['images']))}
     cats = {c: n for n, c in enumerate(sorted(c['id'] for c in gt['categories']))}
-    sizes = {im['id']: (im['height'], im['width']) for im in gt['images'] if 'height' in im}
     by_box = iou_type == 'bbox' or bool(dt and dt[0].get('bbox'))   # a detection's area: of its box wherever it has one, as in pycocotools
-    gts = [a for a in gt['annotations'] if a['category_id'] in cats]
     dts = dt if class_agnostic else [a for a in dt if a['category_id'] in cats]
-    truth, found = _objects(gts, images, cats, sizes, iou_type, class_agnostic), _detections(dts, images, cats, sizes, iou_type, class_agnostic, by_box)
+    truth, found = _objects(gt['annotations'], images, cats, shape, class_agnostic), _detections(dts, images, cats, shape, class_agnostic, by_box)
     return _summary(*_score(truth, found, 1 if class_agnostic else len(cats)))

@@ -13,7 +13,7 @@ import numpy as np
 from numba import njit
 from pycocotools import mask as coco_mask
 
-from .images import by_image, instances_json, read_json, write_ids, write_json, write_png
+from .images import by_image, compressed, instances_json, next_run, read_json, write_ids, write_json, write_png
 from .stage import sharded
 from .labeller import collect_files, read_semantic
 
@@ -30,14 +30,8 @@ def _paint_runs(code, start, canvas):
     for i in range(len(start) - 1):
         at, n, before, last, p = 0, 0, 0, 0, start[i]
         while p < start[i + 1]:
-            run, shift, more = 0, 0, True
-            while more and p < start[i + 1]:
-                c = code[p] - 48
-                run |= (c & 31) << shift
-                more, shift, p = (c & 32) != 0, shift + 5, p + 1
-                if not more and c & 16: run |= -1 << shift
-            if n > 2: run += before
-            if more or run < 0 or at + run > len(canvas): return i
+            run, p = next_run(code, p, start[i + 1], before if n > 2 else 0)
+            if run < 0 or at + run > len(canvas): return i
             if n % 2: canvas[at:at + run] = i + 1
             at, n, before, last = at + run, n + 1, last, run
         if at != len(canvas): return i
@@ -75,8 +69,8 @@ def _as_code(instance:dict, size:tuple[int, int])->bytes:
     "The compressed run-length code of an instance; `ValueError` if it has none or is of another size."
     rle = instance.get('segmentation')
     if not isinstance(rle, dict) or 'counts' not in rle: raise ValueError('an instance has no run-length code in `segmentation`')
+    rle = compressed(rle, check=False)
     if list(rle['size']) != list(size): raise ValueError(f'a mask of {list(rle["size"])} pixels does not fit a stuff map of {list(size)}')
-    if isinstance(rle['counts'], list): rle = coco_mask.frPyObjects(rle, *rle['size'])
     return rle['counts'].encode() if isinstance(rle['counts'], str) else rle['counts']
 
 # %% ../nbs/60_panoptic.ipynb #merge

@@ -24,8 +24,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from .augment import copy_paste, masks_to_boxes, semantic_copy_paste, short_side, view
+from .coco import read_instances
 from .features import weights_digest
-from .images import ImageError, by_image, decode_rle, encode_rle, instances_json, read_image, read_json, write_atomic
+from .images import ImageError, by_image, decode_rle, encode_rle, instances_json, read_image, write_atomic
 from .stage import _worker, sharded
 
 # %% ../nbs/32_train.ipynb #PseudoLabels
@@ -46,15 +47,18 @@ class PseudoLabels(Dataset):
                  instances:str|Path|dict, # COCO instances
                  stuff_dir:str|Path|None=None, # folder of `%012d.png` stuff maps; None: no `sem` in the targets
                  *, skip_empty:bool=False): # leave out pictures without an instance
-        coco = instances if isinstance(instances, dict) else read_json(instances)
-        found = by_image(coco)
+        name = 'the instances' if isinstance(instances, dict) else instances
+        coco = read_instances(instances, name=name)
+        found = {i: [a for a in given if not a['iscrowd']] for i, given in by_image(coco).items()}
         self.root, self.stuff_dir, self.kept = Path(root), stuff_dir and Path(stuff_dir), Kept()
         self.images = [im for im in coco['images'] if found[im['id']] or not skip_empty]
-        if not self.images: raise ValueError(f'{instances if not isinstance(instances, dict) else "the instances"}: no picture to train on')
+        if not self.images: raise ValueError(f'{name}: no picture to train on')
         self.category_ids = sorted(c['id'] for c in coco['categories'])
         label = {c: i for i, c in enumerate(self.category_ids)}    # contiguous 0 ... K-1
         self.rles = [[a['segmentation'] for a in found[im['id']]] for im in self.images]
         self.labels = [torch.tensor([label[a['category_id']] for a in found[im['id']]], dtype=torch.long) for im in self.images]
+        for im in self.images:
+            if not {'height', 'width'} <= im.keys(): raise ValueError(f"{name}: image {im['id']} has no width and height")
         self.sizes = [(im['height'], im['width']) for im in self.images]
 
     def __len__(self): return len(self.images)
