@@ -95,9 +95,9 @@ def test_ids_from_zero_and_scores(tmp_path):
     assert [a['category_id'] for a in got['annotations']] == [1, 3] and got['annotations'][0]['score'] == .5 and [c['id'] for c in got['categories']] == [1, 2, 3]
 
 @pytest.mark.parametrize('change', [
-    lambda c: c.pop('images'), lambda c: c.pop('annotations'), lambda c: c['annotations'][0].pop('segmentation'), lambda c: c['annotations'][0].update(image_id=99),
-    lambda c: c['annotations'][0].update(segmentation=[[1, 2, 3, 4, 5, 6]]), lambda c: c['annotations'][0].update(category_id='x'), lambda c: c['images'][0].update(height=1),
-    lambda c: c['annotations'][0]['segmentation'].update(size=[-1, 2]), lambda c: c.update(annotations=3), lambda c: c.update(images=[3])])
+    lambda c: c.pop('images'), lambda c: c.pop('annotations'), lambda c: [a.pop('segmentation') for a in c['annotations']], lambda c: c['annotations'][0].update(image_id=99),
+    lambda c: [a.update(category_id='x') for a in c['annotations']], lambda c: c['images'][0].update(height=1), lambda c: c['images'][0].pop('file_name'),
+    lambda c: [a['segmentation'].update(size=[-1, 2]) for a in c['annotations']], lambda c: c.update(annotations=3), lambda c: c.update(images=[3])])
 def test_broken_annotation_files_are_one_sentence(tmp_path, change):
     annotation_file(tmp_path/'a.json'); coco = read_json(tmp_path/'a.json'); change(coco); write_json(tmp_path/'a.json', coco)
     with pytest.raises(ValueError, match='a.json'): convert_instances(tmp_path/'a.json', tmp_path/'out')

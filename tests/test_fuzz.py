@@ -12,7 +12,9 @@ import yaml
 from PIL import Image
 
 from u2seg import convert, evaluate
-from u2seg.images import by_image, decode_rle, encode_rle, read_ids, read_image, read_json, write_ids, write_json
+from u2seg.coco import read_instances, read_panoptic
+from u2seg.images import decode_rle, encode_rle, filled, read_ids, read_image, read_json, write_ids, write_json
+from u2seg.metrics import instance_ap, panoptic_quality
 from u2seg.model import build_model, read_config, save_weights
 from u2seg.png import read_map
 from u2seg.predict import category_names
@@ -21,7 +23,7 @@ from u2seg.weights import find_weights, read_weights
 
 root = Path(__file__).parents[1]
 CASES, SEED = int(os.environ.get('U2SEG_FUZZ', 4000)), int(os.environ.get('U2SEG_FUZZ_SEED', 0))
-SHARE = dict(images=.2, maps=.05, rle=.3, coco=.33, params=.1, checkpoints=.02)
+SHARE = dict(images=.2, maps=.05, rle=.3, coco=.23, panoptic=.1, params=.1, checkpoints=.02)
 
 
 def cases(kind): return ((i, np.random.default_rng([SEED, sorted(SHARE).index(kind), i])) for i in range(max(int(CASES * SHARE[kind]), 20)))
@@ -43,7 +45,7 @@ def spoil(data, rng):
     return bytes(data)
 
 
-ODD = [None, True, -1, 0, 1e308, 10**30, '', 'x', '../../x', [], [[]], {}, {'a': 1}, float('nan'), [1, 2, 3], '\0']
+ODD = [None, True, -1, 0, 1e308, 10**30, '', 'x', '../../x', [], [[]], {}, {'a': 1}, float('nan'), [1, 2, 3], '\0', '1', '0', 1., 'true', float('inf'), [[1, 1, 2e8, 3.5e8, 9, 9]], [[1, 1, float('nan'), 1, 9, 9]], [[26, 31, 50, 31]], [[0, 0, 9e5, 9e5] * 90], dict(size=[9, 12], counts=[100, 10]), dict(size=[9, 12], counts=[5, 2**62, 2**62])]
 
 def spoil_tree(x, rng, depth=0):
     "A JSON value with one to three places changed: lost, odd, doubled."
@@ -128,8 +130,11 @@ def test_run_lengths():
         runs = np.diff(np.flatnonzero(np.diff(np.r_[-1, mask.T.ravel(), -1]) != 0))
         runs = runs.tolist() if not mask[0, 0] else [0, *runs.tolist()]
         assert (decode_rle(dict(size=[int(h), int(w)], counts=runs)) == mask).all()
-        panoptic = [dict(id=1, image_id=1, category_id=1, segmentation=dict(rle, counts=rle['counts'][:rng.integers(len(rle['counts']) + 1)]))]
-        code = evaluate._runs(rle['counts'].encode()); assert code == runs
+        cut, wrong = rle['counts'][:rng.integers(len(rle['counts']) + 1)], [int(n) for n in rng.choice([-1, 0, 1, h * w, 2**31, 2**63], 3)]
+        assert filled([rle['counts'], cut], [h * w] * 2).tolist() == [True, cut == rle['counts']]
+        for counts in (runs[:-1], runs + [1], wrong, spoil(rle['counts'].encode(), rng)):
+            m = refused(decode_rle, dict(size=[int(h), int(w)], counts=counts)); assert m is None or m.shape == (h, w)
+        panoptic = [dict(id=1, image_id=1, category_id=1, segmentation=dict(rle, counts=cut))]
         found = refused(evaluate.things_only, dict(images=[dict(id=1, file_name='a', height=int(h), width=int(w))], annotations=panoptic, categories=[dict(id=1, name='x')]), 'a.json')
         if found is not None: assert 0 <= found[1]['annotations'][0]['area'] <= h * w
 
@@ -137,22 +142,42 @@ def test_run_lengths():
 def test_coco_files(tmp_path):
     mask = np.zeros((9, 12), bool); mask[2:5, 3:9] = True
     coco = dict(images=[dict(id=i, file_name=f'{i}.jpg', height=9, width=12) for i in (1, 2)], categories=[dict(id=1, name='a', isthing=1), dict(id=2, name='b', isthing=1)],
-                annotations=[dict(id=i, image_id=1 + i % 2, category_id=1 + i % 2, iscrowd=0, area=18, bbox=[3, 2, 6, 3], segmentation=encode_rle(mask) if i else [[3, 2, 9, 2, 9, 5, 3, 5]]) for i in range(3)])
-    path = tmp_path/'a.json'
+                annotations=[dict(id=i, image_id=1 + i % 2, category_id=1 + i % 2, iscrowd=0, area=18, bbox=[3, 2, 6, 3], score=.5, segmentation=encode_rle(mask) if i else [[3, 2, 9, 2, 9, 5, 3, 5]]) for i in range(3)])
+    path, n_read = tmp_path/'a.json', 0
     for i, rng in cases('coco'):
         given = spoil_tree(coco, rng)
-        refused(by_image_or_value_error, given)
+        found = refused(read_instances, given)
+        if found is not None: n_read += 1; assert all(type(a[k]) is int for a in found['annotations'] for k in ('image_id', 'category_id', 'iscrowd')) and filled([a['segmentation']['counts'] for a in found['annotations']], [108] * len(found['annotations'])).all()
         refused(evaluate.things_only, given, path)
+        for iou_type in ('segm', 'bbox'):
+            scores = refused(scored, *((given, coco['annotations']) if i % 2 else (coco, given['annotations'] if isinstance(given, dict) and 'annotations' in given else given)), iou_type)
+            assert scores is None or all(-1 <= s <= 1 + 1e-9 for s in scores.values())
         if i % 4 == 0:
             path.write_bytes(spoil(json.dumps(coco).encode(), rng) if i % 8 else json.dumps(given).encode())
             refused(convert.convert_instances, path, tmp_path/'out')
+    assert n_read > 0
     assert {p.name for p in tmp_path.iterdir()} <= {'a.json', 'out'} and {p.name for p in (tmp_path/'out').iterdir()} <= {'instances.json'}
 
 
-def by_image_or_value_error(coco):
-    "`by_image` is given what the library wrote; of a stranger's file only its keys are asked for."
-    try: return by_image(coco)
-    except (KeyError, TypeError): raise ValueError('not COCO') from None
+def scored(gt, dt, iou_type): return instance_ap(gt, dt, iou_type=iou_type)
+
+
+def test_panoptic_files():
+    ids = np.zeros((9, 12), np.int32); ids[2:5] = 7; ids[5:] = 9
+    coco = dict(images=[dict(id=i, file_name=f'{i}.jpg', height=9, width=12) for i in (1, 2)], categories=[dict(id=1, name='a', isthing=1), dict(id=2, name='b', isthing=0)],
+                annotations=[dict(image_id=i, file_name='m', segments_info=[dict(id=7, category_id=1, iscrowd=0, area=36), dict(id=9, category_id=2, iscrowd=0, area=48)]) for i in (1, 2)])
+    n_read = 0
+    for i, rng in cases('panoptic'):
+        given = spoil_tree(coco, rng)
+        n_read += refused(read_panoptic, given) is not None
+        s = refused(panoptic_quality, *((given, Maps(m=ids), coco, Maps(m=ids)) if i % 2 else (coco, Maps(m=ids), given, Maps(m=ids))))
+        assert s is None or 0 <= s['All']['pq'] <= 1
+    assert n_read > 0
+
+
+class Maps(dict):
+    "Maps in memory, by any name."
+    def __getitem__(self, name): return dict.__getitem__(self, 'm')
 
 
 def test_params(tmp_path):

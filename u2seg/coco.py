@@ -152,16 +152,18 @@ def _annotation(a, ids, classes, sizes, masks, loose=False):
         size = sizes[out['image_id']]
         if not given and out['bbox']: x, y, w, h = out['bbox']; given = [[x, y, x, y + h, x + w, y + h, x + w, y]]
         if not given: raise ValueError('neither a mask nor a box')
-        out['segmentation'] = code = _code(given, size)
+        code = _code(given, size)
+        if masks: out['segmentation'] = code
+        else: code = compressed(code); out |= dict(bbox=coco_mask.toBbox(code).tolist(), area=a.get('area') or int(coco_mask.area(code)))
         if not loose and None not in size and tuple(code['size']) != size: raise ValueError(f"a mask of {code['size'][0]} x {code['size'][1]} in an image of {size[0]} x {size[1]}")
-    area = number(a.get('area'))
-    out['area'] = None if area is None or area < 0 else a['area'] if type(a['area']) is int else area
+    area = number(out.get('area'))
+    out['area'] = None if area is None or area < 0 else out['area'] if type(out['area']) is int else area
     return out
 
-def _complete(rows):
+def _complete(rows, masks):
     "Fill in boxes and areas from the masks; `rows` are changed."
     for key, measure in (('bbox', coco_mask.toBbox), ('area', coco_mask.area)):
-        todo = [a for a in rows if a[key] is None and 'segmentation' in a and isinstance(a['segmentation'], dict)]
+        todo = [a for a in rows if masks and a[key] is None]
         if todo:
             for a, v in zip(todo, measure([a['segmentation'] for a in todo]).tolist()): a[key] = v
     for a in rows:
@@ -190,7 +192,7 @@ def read_instances(source:str|Path|dict,   # COCO instances
         if _key(a.get('image_id')) not in ids: name.refuse(f"annotation {_short(a.get('id'))} names image {_short(a.get('image_id'))}, which the file does not list")
         try: kept.append(_annotation(a, ids, classes, sizes, masks, loose)); order[len(kept) - 1] = a
         except ValueError as e: lost.append((a, str(e)))
-    for i in reversed(_broken(kept)): del kept[i]; lost.append((order[i], 'runs that do not fill the mask'))
+    for i in reversed(_broken(kept) if masks else []): del kept[i]; lost.append((order[i], 'runs that do not fill the mask'))
     out = Coco(coco, images=images, annotations=kept, categories=categories)
     if masks: out['boxes_only'] = coco.get('boxes_only') is True or not any(a.get('segmentation') for a in notes)
     out.ids, out.left_out = ids, [dict(id=a.get('id'), image_id=a.get('image_id'), reason=why) for a, why in lost]
@@ -198,7 +200,7 @@ def read_instances(source:str|Path|dict,   # COCO instances
         first = f"annotation {_short(lost[0][0].get('id'))} of image {_short(lost[0][0].get('image_id'))}: {lost[0][1]}"
         if not kept: name.refuse(f'not one of {len(lost)} annotations can be read; {first}')
         warnings.warn(f'{name}: {len(lost)} of {len(notes)} annotations left out; {first}')
-    _complete(kept)
+    _complete(kept, masks)
     return out
 
 # %% ../nbs/04_coco.ipynb #read_results
@@ -229,9 +231,7 @@ def _result(a, i, ids, sizes, masks, name):
     if score is None: raise ValueError(f"{name}: results[{i}] of image {image}: score is {_short(a.get('score', 'missing'))}, not a number")
     try: out = _annotation(a, ids, None, sizes, masks)
     except ValueError as e: raise ValueError(f'{name}: results[{i}] of image {_short(image)}: {e}') from None
-    if out['bbox'] is None:
-        del out['bbox']
-        if not masks: out['bbox'] = coco_mask.toBbox(out['segmentation']).tolist() if filled([out['segmentation']['counts']], [np.prod(out['segmentation']['size'])])[0] else [0., 0., 0., 0.]
+    if out['bbox'] is None: del out['bbox']
     return dict(out, score=score)
 
 # %% ../nbs/04_coco.ipynb #read_panoptic
@@ -257,19 +257,19 @@ def read_panoptic(source:str|Path|dict,   # COCO panoptic
             if k not in a: name.refuse(f'image {_short(image)}: its annotation has no {k}')
         if image in seen: name.refuse(f"image {_short(image)} has two annotations: {_short(seen[image])} and {_short(a['file_name'])}")
         seen[image] = a['file_name']
-        out.append(dict(a, image_id=ids[image], segments_info=_segments(a['segments_info'], classes, image, name)))
+        out.append(dict(a, image_id=ids[image], segments_info=_segments(a['segments_info'], classes, image, name, lowest=int(truth is None))))
     result = Coco(coco, annotations=out, categories=categories)
     if images: result['images'] = images
     result.ids = ids
     return result
 
-def _segments(rows, classes, image, name):
+def _segments(rows, classes, image, name, lowest):
     if not isinstance(rows, list): name.refuse(f'image {_short(image)}: segments_info is no list')
     out, seen = [], set()
     for s in rows:
         at = f'image {_short(image)}: segment {_short(s.get("id") if isinstance(s, dict) else s)}'
         i, category, crowd = (whole(s.get('id')), whole(s.get('category_id')), flag(s.get('iscrowd'))) if isinstance(s, dict) else (None,) * 3
-        if i is None or not 0 < i < 2**24: name.refuse(f'{at}: ids lie in 1 ... {2**24 - 1}')
+        if i is None or not lowest <= i < 2**24: name.refuse(f'{at}: ids lie in {lowest} ... {2**24 - 1}')
         if i in seen: name.refuse(f'{at} is listed twice')
         if category not in classes: name.refuse(f"{at}: category {_short(s.get('category_id'))} is not one of the ground truth")
         if crowd is None: name.refuse(f"{at}: iscrowd is {_short(s['iscrowd'])}, not 0 or 1")

@@ -103,7 +103,7 @@ def _instances(coco, path, root, folders):
     shift = int(min((a['category_id'] for a in notes), default=1) == 0)                       # ids from 0 on
     kept = [dict(image_id=here[a['image_id']]['id'], category_id=a['category_id'] + shift, segmentation=a['segmentation'], iscrowd=a['iscrowd'], **({'score': a['score']} if 'score' in a else {})) for a in notes if a['image_id'] in here]
     names = [dict(id=c['id'] + shift, name=c['name']) for c in categories if c.get('isthing', 1)]
-    counts = dict(images=len(here), annotations=len(kept), turned=turned, not_found=len(entries) - len(here), left_out=len(coco.left_out))
+    counts = dict(images=len(here), annotations=len(kept), turned=turned, not_found=len(entries) - len(here), **(dict(left_out=len(coco.left_out)) if coco.left_out else {}))
     return sorted(here.values(), key=lambda im: im['id']), sorted(kept, key=lambda a: a['image_id']), names, counts
 
 def _matched(entries, root, folders, path):

@@ -149,6 +149,7 @@ def read_json(path:str|Path):
     "Read JSON; `ValueError` names a file that is missing or broken."
     try: return json.loads(Path(path).read_bytes())
     except FileNotFoundError: raise ValueError(f'{path}: no such file') from None
+    except OSError as e: raise ValueError(f'{path}: cannot be read ({e.strerror})') from None
     except RecursionError: raise ValueError(f'{path}: not valid JSON (nested too deeply)') from None
     except ValueError as e: raise ValueError(f'{path}: not valid JSON ({str(e)[:100]})') from None
 
