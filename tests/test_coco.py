@@ -237,3 +237,9 @@ def test_exit_status(tmp_path, capsys):
         assert main([*args, '--out', str(tmp_path/'out')]) == 1
         err = capsys.readouterr().err
         assert words in err and err.count('\n') == 1
+
+
+def test_more_objects_than_the_mask_library_measures_at_once():
+    many = [dict(image_id=1, category_id=1, segmentation=RING)] * 300
+    assert {a['area'] for a in evaluate.things_only(coco(annotations=many), 'a.json')[1]['annotations']} == {100}
+    assert instance_ap(coco(annotations=many), [])['AP'] == 0

@@ -162,10 +162,10 @@ def _annotation(a, ids, classes, sizes, masks, loose=False):
 
 def _complete(rows, masks):
     "Fill in boxes and areas from the masks; `rows` are changed."
-    for key, measure in (('bbox', coco_mask.toBbox), ('area', coco_mask.area)):
+    for key, measure in (('bbox', lambda codes: coco_mask.toBbox(codes).tolist()), ('area', lambda codes: [int(coco_mask.area(c)) for c in codes])):
         todo = [a for a in rows if masks and a[key] is None]
         if todo:
-            for a, v in zip(todo, measure([a['segmentation'] for a in todo]).tolist()): a[key] = v
+            for a, v in zip(todo, measure([a['segmentation'] for a in todo])): a[key] = v
     for a in rows:
         if a['area'] is None: a['area'] = a['bbox'][2] * a['bbox'][3]
 

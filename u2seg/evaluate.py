@@ -88,7 +88,7 @@ def things_only(coco:dict, path:str|Path)->tuple[Coco, Coco]: # panoptic without
     if not coco['annotations']: raise ValueError(f'{path}: holds no mask or box')
     images = [dict(im, **dict(zip(('height', 'width'), *sizes[im['id']]))) for im in coco['images']]
     codes = [a['segmentation'] for a in coco['annotations']]
-    measured = zip(coco['annotations'], coco_mask.area(codes).tolist(), coco_mask.toBbox(codes).tolist())
+    measured = zip(coco['annotations'], [int(coco_mask.area(c)) for c in codes], coco_mask.toBbox(codes).tolist())
     whole = coco.but(images=images, annotations=[dict(a, id=i, area=area, bbox=box) for i, (a, area, box) in enumerate(measured, 1)])
     segments = {i: [{k: a[k] for k in ('id', 'category_id', 'iscrowd', 'area', 'bbox')} for a in found] for i, found in by_image(whole).items()}
     categories = [dict(id=c['id'], name=c['name'], isthing=1) for c in coco['categories']]
