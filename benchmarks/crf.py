@@ -61,12 +61,12 @@ def iou(a, b):
     return (a & b).sum() / (a | b).sum() if (a | b).any() else 1.0
 
 
-def pydensecrf_of(dcrf, image, prob, n_iter, gauss_weight, gauss_sxy, bilateral_weight, bilateral_sxy, bilateral_srgb):
+def pydensecrf_of(dcrf, image, prob, n_iters, gauss_weight, gauss_sxy, bilateral_weight, bilateral_sxy, bilateral_srgb):
     d = dcrf.DenseCRF2D(image.shape[1], image.shape[0], len(prob))
     d.setUnaryEnergy(np.ascontiguousarray(-np.log(prob.clip(1e-5, 1)).reshape(len(prob), -1)))
     d.addPairwiseGaussian(sxy=gauss_sxy, compat=gauss_weight)
     d.addPairwiseBilateral(sxy=bilateral_sxy, srgb=bilateral_srgb, rgbim=image, compat=bilateral_weight)
-    return np.array(d.inference(n_iter)).reshape(prob.shape)
+    return np.array(d.inference(n_iters)).reshape(prob.shape)
 
 
 def soften(mask):

@@ -31,7 +31,7 @@ def draw(path, n, d):
     to.flush()
 
 
-def plain(x, k, n_iter):
+def plain(x, k, n_iters):
     "Lloyd's iterations as one writes them in torch."
     import torch
 
@@ -41,17 +41,17 @@ def plain(x, k, n_iter):
     def nearest():
         return torch.cat([((c**2).sum(1) - 2 * rows @ c.T).argmin(1) for rows in x.split(16384)])
 
-    for _ in range(n_iter):
+    for _ in range(n_iters):
         labels = nearest()
         sums, counts = torch.zeros_like(c).index_add_(0, labels, x), torch.bincount(labels, minlength=k)
         c = torch.where(counts[:, None] > 0, sums / counts[:, None].clamp(1), c)
     return c.numpy(), nearest().numpy()
 
 
-def ours(x, k, n_iter):
+def ours(x, k, n_iters):
     from u2seg.cluster import kmeans
 
-    return kmeans(x, k, seed=0, n_iter=n_iter, init=np.array(x[:k]))
+    return kmeans(x, k, seed=0, n_iters=n_iters, init=np.array(x[:k]))
 
 
 def anonymous():
@@ -64,7 +64,7 @@ def anonymous():
     )
 
 
-def worker(side, path, k, n_iter, threads):
+def worker(side, path, k, n_iters, threads):
     "One side in this process: seconds an iteration (of n + 1 less those of 1; CPU and wall), inertia, peak memory."
     import faiss, torch
 
@@ -80,7 +80,7 @@ def worker(side, path, k, n_iter, threads):
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    for n in (1, 1 + n_iter):
+    for n in (1, 1 + n_iters):
         start, cpu = time.perf_counter(), time.process_time()
         c, labels = run(x, k, n)
         took[n] = time.perf_counter() - start, time.process_time() - cpu
@@ -90,7 +90,7 @@ def worker(side, path, k, n_iter, threads):
         float(((x[i : i + 16384] - c[labels[i : i + 16384]]) ** 2).sum(dtype=np.float64))
         for i in range(0, len(x), 16384)
     )
-    wall, cpu = ((took[1 + n_iter][j] - took[1][j]) / n_iter for j in (0, 1))
+    wall, cpu = ((took[1 + n_iters][j] - took[1][j]) / n_iters for j in (0, 1))
     print(json.dumps(dict(wall=wall, cpu=cpu, inertia=inertia, peak=(peak[0] - base) / 2**10)))
 
 

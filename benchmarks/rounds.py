@@ -7,41 +7,20 @@ Trained as stage `cutler` says in params.yaml; scored without classes on picture
 names a folder that holds such pictures already). Killed, it goes on.
 """
 import argparse
+from dataclasses import replace
 from datetime import date
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 
 from u2seg import scenes, train
+from u2seg.augment import Augment
 from u2seg.evaluate import read_truth, score_agnostic
 from u2seg.images import mask_to_box, decode_rle, read_json, write_json
 from u2seg.model import build_model
-
-FIT = (
-    'lr',
-    'schedule',
-    'steps',
-    'gamma',
-    'flat',
-    'warmup',
-    'warmup_factor',
-    'optimizer',
-    'momentum',
-    'weight_decay',
-    'cls_lr_multiplier',
-    'clip',
-    'clip_value',
-    'loss_weights',
-    'amp',
-    'accumulate',
-    'ema',
-    'precise_bn',
-    'checkpoint_every',
-)
-VIEW = ('batch_size', 'short_sides', 'max_size', 'flip', 'colour', 'paste', 'paste_rate', 'paste_scale')
+from u2seg.solver import Solver
+from u2seg.stage import read_yaml
 
 
 def scores(net, root, shares, folder) -> dict:  # share -> AP50 ..., of boxes and masks
@@ -56,7 +35,7 @@ def scores(net, root, shares, folder) -> dict:  # share -> AP50 ..., of boxes an
                 net,
                 root,
                 images,
-                min_score=0.02,
+                score_threshold=0.02,
                 n_max=100,
                 batch_size=16,
                 short=c['min_size'],
@@ -80,14 +59,14 @@ def relabel(net, root, labels, p, r, folder):
         net,
         root,
         labels['images'],
-        min_score=p['round_scores'][r - 1],
+        score_threshold=p['self_training']['score_threshold'][r - 1],
         n_max=30,
         batch_size=16,
         short=c['min_size'],
         max_size=c['max_size'],
         folder=folder,
     )
-    return train.self_training_labels(labels, found, min_score=p['round_scores'][r - 1]), len(found)
+    return train.self_training_labels(labels, found, score_threshold=p['self_training']['score_threshold'][r - 1]), len(found)
 
 
 def row(name, n_iters, n_labels, by_share):
@@ -113,24 +92,24 @@ if __name__ == '__main__':
     a.add_argument('--seed', type=int, default=0)
     a.add_argument('--write', action='store_true', help='write results/rounds.md')
     a = a.parse_args()
-    p, folder, shares = (
-        yaml.safe_load(Path(a.params).read_text())['cutler'],
-        Path(a.folder),
-        ['objects/val', 'scenes/val'],
-    )
-    n, m = a.iters or p['n_iters'], a.round_iters or p['round_iters']
+    params, folder, shares = read_yaml(a.params), Path(a.folder), ['objects/val', 'scenes/val']
+    p = params['cutler']
+    both = {k: {**params[k], **p[k]} for k in ('solver', 'augment', 'network')}  # what differs laid over what is shared
+    n, m = a.iters or p['solver']['n_iters'], a.round_iters or p['self_training']['n_iters']
+    solver, augment = Solver(**both['solver'] | dict(n_iters=n)), Augment(**both['augment'])
     if not a.dev:
         a.dev = folder / 'dev'
         if not (a.dev / 'scenes').exists():
             scenes.draw_dataset(a.dev, seed=12345, n_train=1, n_val=200, kinds=('objects', 'scenes'), n_workers=1)
     labels = read_json(a.labels)
-    batches = lambda coco, seed: train.Batches(
-        train.PseudoLabels(a.root, coco, skip_empty=True), seed=seed, **{k: p[k] for k in VIEW}
-    )
-    fit = partial(train.fit, **{k: p[k] for k in FIT})
+
+    def fit(coco, seed, solver, folder):
+        data = train.PseudoLabels(a.root, coco, skip_empty=True)
+        train.fit(net, train.Batches(data, augment, batch_size=solver.batch_size, seed=seed), solver, folder=folder)
+
     torch.manual_seed(a.seed)
-    net = build_model({**p['model'], 'n_things': 1, 'n_stuff': 0})
-    fit(net, batches(labels, a.seed), folder=folder / 'round0', n_iters=n)
+    net = build_model({**both['network'], 'n_things': 1, 'n_stuff': 0})
+    fit(labels, a.seed, solver, folder / 'round0')
     first = {k: v.clone() for k, v in net.state_dict().items()}
     lines = [row('first training', n, len(labels['annotations']), scores(net, a.dev, shares, folder / 'scores0'))]
     print(lines[-1], flush=True)
@@ -142,7 +121,7 @@ if __name__ == '__main__':
         for r in range(1, a.rounds + 1):
             if kind != 'control':
                 coco, _ = relabel(net, a.root, coco, p, r, folder / f'labels_{at}{r}')
-            fit(net, batches(coco, a.seed + r), folder=folder / f'{at}{r}', n_iters=m)
+            fit(coco, a.seed + r, replace(solver, n_iters=m), folder / f'{at}{r}')
             lines.append(
                 row(
                     f'{kind} {r}',
@@ -156,7 +135,7 @@ if __name__ == '__main__':
         f'# Self-training rounds, {date.today()}',
         '',
         f'`python benchmarks/rounds.py`, torch {torch.__version__}, seed {a.seed}, score thresholds '
-        f'{p["round_scores"][: a.rounds]}; class-agnostic, in %, mean of 200 object-centric and 200 '
+        f'{p["self_training"]["score_threshold"][: a.rounds]}; class-agnostic, in %, mean of 200 object-centric and 200 '
         'scene-centric pictures drawn from another seed. *round*: labels of the detector so far, DropLoss off, as '
         'in CutLER. *control*: trained on as long with MaskCut\'s labels and DropLoss.',
         '',

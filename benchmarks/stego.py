@@ -29,7 +29,7 @@ FIT = (
     'n_classes',
     'code_dim',
     'dropout',
-    'n_steps',
+    'n_iters',
     'batch_size',
     'lr',
     'lr_probe',
@@ -157,7 +157,7 @@ def prepare(args, p, data):
     made = (
         features,
         pooled,
-        Truth(args.labelled, extract, size=p['map_size'], patch_size=vit.patch_size, flip=p['flip']),
+        Truth(args.labelled, extract, size=p['segment']['size'], patch_size=vit.patch_size, flip=p['segment']['flip']),
         time.process_time() - t,
     )
     if args.cache:
@@ -176,17 +176,6 @@ def project(features, truth, n_axes):
 
 def fit_args(p):
     return {k: p[k] for k in FIT}
-
-
-def crf_args(p):
-    return dict(
-        n_iter=p['crf_iter'],
-        gauss_weight=p['crf_gauss_weight'],
-        gauss_sxy=p['crf_gauss_sxy'],
-        bilateral_weight=p['crf_bilateral_weight'],
-        bilateral_sxy=p['crf_bilateral_sxy'],
-        bilateral_srgb=p['crf_bilateral_srgb'],
-    )
 
 
 def train(p, features, neighbors, seed):
@@ -238,7 +227,7 @@ def ablation(p, features, neighbors, truth, seeds, every):
             if every and name in (f"STEGO, probe {p['probe']}", 'k-means, smooth 1'):
                 add(
                     f'{name}, CRF (every {every}th picture)',
-                    truth.votes_crf(labeller, alpha=p['alpha'], crf=crf_args(p), every=every),
+                    truth.votes_crf(labeller, alpha=p['segment']['alpha'], crf=p['crf'], every=every),
                 )
     return '\n'.join([HEAD, *(line(*r) for r in sorted(rows.items()))]), statistics.median(seconds)
 
@@ -254,7 +243,7 @@ SWEEP = dict(
     w_rand=(0.3, 1.0),
     code_dim=(10, 64),
     dropout=(0.0, 0.3),
-    n_steps=(300, 2000),
+    n_iters=(300, 2000),
 )
 
 
@@ -280,10 +269,10 @@ def export_cost(p, labeller, extract, patch_size, root, images, crf):
             root,
             images,
             Path(folder) / 'semantic',
-            size=p['map_size'],
+            size=p['segment']['size'],
             patch_size=patch_size,
-            alpha=p['alpha'],
-            flip=p['flip'],
+            alpha=p['segment']['alpha'],
+            flip=p['segment']['flip'],
             crf=crf,
             work_folder=Path(folder) / 'work',
         )
@@ -336,7 +325,7 @@ def main():
             False
         )  # what it says does not matter here
         costs = [
-            export_cost(p, km, extract, vit.patch_size, data['root'], images[-32:], crf) for crf in (None, crf_args(p))
+            export_cost(p, km, extract, vit.patch_size, data['root'], images[-32:], crf) for crf in (None, p['crf'])
         ]
         t_knn, mb = knn_cost()
         n = 118_287 * 5
@@ -363,8 +352,8 @@ Times are seconds of CPU (one core).
 | | |
 |---|---|
 | features of {len(features)} training and {len(truth.maps)} labelled images, once | {t_feat:.0f} s |
-| training, {p['n_steps']} steps of {p['batch_size']} | {t_fit:.0f} s |
-| a map at {p['map_size']} px{' with mirror image' if p['flip'] else ''}, without CRF | {costs[0]:.0f} ms |
+| training, {p['n_iters']} steps of {p['batch_size']} | {t_fit:.0f} s |
+| a map at {p['segment']['size']} px{' with mirror image' if p['segment']['flip'] else ''}, without CRF | {costs[0]:.0f} ms |
 | the same with CRF | {costs[1]:.0f} ms; 2,000 maps by 4 processes: {costs[1] / 2:.0f} s |
 | 7 neighbours among 20,000 vectors of 384, exact | {t_knn:.1f} s, {mb:.0f} MB beside the vectors |
 

@@ -80,8 +80,8 @@ def test_pasting_keeps_every_promise(kind, seed):
     image, target = scene(rng, m=int(rng.integers(0, 5)))
     source_image, source = scene(rng, h=int(rng.integers(6, 40)), w=int(rng.integers(6, 40)), m=int(rng.integers(0, 5)))
     before = copy.deepcopy((image, target, source_image, source))
-    out, t = kind(image, target, source_image, source, scale=(.3, 1.), max_cover=.5, rng=np.random.default_rng(seed))
-    out2, t2 = kind(image, target, source_image, source, scale=(.3, 1.), max_cover=.5, rng=np.random.default_rng(seed))
+    out, t = kind(image, target, source_image, source, paste_scale=(.3, 1.), max_cover=.5, rng=np.random.default_rng(seed))
+    out2, t2 = kind(image, target, source_image, source, paste_scale=(.3, 1.), max_cover=.5, rng=np.random.default_rng(seed))
     assert torch.equal(out, out2) and all(torch.equal(t[k], t2[k]) for k in t)
     for a, b in zip(before, (image, target, source_image, source)):      # arguments are left alone
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else all(torch.equal(a[k], b[k]) for k in a)
@@ -105,7 +105,7 @@ def test_an_object_is_really_pasted_and_where_its_pixels_are():
     bright = torch.zeros(3, 30, 30, dtype=torch.uint8); bright[:, 5:15, 8:20] = 255; white = torch.full_like(bright, 255)
     source = dict(masks=bright[:1] > 0, labels=torch.tensor([1]), boxes=torch.zeros(1, 4))
     for seed in range(10):                                               # also where the picture has no instance of its own
-        out, t = copy_paste(image, none, white, source, scale=(.4, .9), max_cover=.5, rng=np.random.default_rng(seed))
+        out, t = copy_paste(image, none, white, source, paste_scale=(.4, .9), max_cover=.5, rng=np.random.default_rng(seed))
         assert t['labels'].tolist() == [1] and (out[0][t['masks'][0]] > 127).all() and (out[0][~t['masks'][0]] <= 128).all()
         assert t['boxes'].tolist() == [slow_box(t['masks'][0])]
 
@@ -116,7 +116,7 @@ def test_plain_paste_draws_one_to_all_but_one():
     masks = torch.zeros(4, 60, 60, dtype=torch.bool)
     for k in range(4): masks[k, 15 * k:15 * k + 10, 10:30] = True
     source = dict(masks=masks, labels=torch.arange(4), boxes=masks_to_boxes(masks))
-    counts = {len(copy_paste(image, empty, image, source, scale=(.5, 1.), max_cover=.5, rng=rng)[1]['labels']) for _ in range(60)}
+    counts = {len(copy_paste(image, empty, image, source, paste_scale=(.5, 1.), max_cover=.5, rng=rng)[1]['labels']) for _ in range(60)}
     assert counts == {1, 2, 3}
 
 
@@ -126,7 +126,7 @@ def test_semantic_paste_of_an_object_larger_than_the_picture():
     target = {**target, 'masks': torch.zeros(1, 8, 40, dtype=torch.bool), 'labels': torch.tensor([0])}
     target['masks'][0, 0, 0] = True
     source = dict(masks=torch.ones(1, 50, 10, dtype=torch.bool), labels=torch.tensor([0]), boxes=torch.zeros(1, 4))
-    shapes = [semantic_copy_paste(image, target, torch.zeros(3, 50, 10, dtype=torch.uint8), source, scale=(9., 9.), max_cover=2., rng=rng)[1]['boxes'][-1] for _ in range(5)]
+    shapes = [semantic_copy_paste(image, target, torch.zeros(3, 50, 10, dtype=torch.uint8), source, paste_scale=(9., 9.), max_cover=2., rng=rng)[1]['boxes'][-1] for _ in range(5)]
     assert all(b[3] - b[1] == 8 and b[2] - b[0] <= 3 for b in shapes)    # clipped to the picture, aspect kept
 
 
@@ -175,7 +175,7 @@ def test_jitter_is_each_formula():
 def test_view_needs_no_instance_and_repeats_itself():
     rng = np.random.default_rng(0)
     image, target = scene(rng, m=0)
-    options = dict(short_sides=[16, 24], max_size=64, flip=.5, crop_size=(.4, 1.), colour=(.2, .2, .2, .1))
+    options = dict(short_sides=[16, 24], max_size=64, flip=.5, crop_size=(.4, 1.), colour_jitter=(.2, .2, .2, .1))
     a, b = (view(image, target, **options, rng=np.random.default_rng(4)) for _ in range(2))
     assert torch.equal(a[0], b[0]) and torch.equal(a[1]['sem'], b[1]['sem'])
     sizes = {tuple(view(image, target, **options, rng=rng)[0].shape) for _ in range(20)}

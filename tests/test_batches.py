@@ -77,7 +77,7 @@ def test_predict(student, images):
 
 def test_detect(student, folder, items, tmp_path):
     def run(items, b):
-        images, notes, _ = detect(student.model, folder, items, min_score=0., n_max=9, batch_size=b, short=64, max_size=128, folder=tmp_path/str(len(list(tmp_path.iterdir()))))
+        images, notes, _ = detect(student.model, folder, items, score_threshold=0., n_max=9, batch_size=b, short=64, max_size=128, folder=tmp_path/str(len(list(tmp_path.iterdir()))))
         return [[im['width'], im['height'], *([a['score'], a['category_id'], a['segmentation']['counts']] for a in notes if a['image_id'] == im['id'])] for im in images]
     independent(run, items)
 

@@ -17,12 +17,12 @@ def blobs(n=300, k=6, d=5, seed=0, spread=6.):
     return (rng.normal(size=(k, d))*spread)[truth] + rng.normal(size=(n, d)), truth
 
 
-def lloyd(x, c, n_iter, cosine=False):
+def lloyd(x, c, n_iters, cosine=False):
     "k-means as the textbook has it, in double precision."
     unit = lambda v: v/np.linalg.norm(v, axis=1, keepdims=True)
     x, c = (unit(x), c) if cosine else (x, c)
     near = lambda c: (-(x @ c.T) if cosine else ((x[:, None] - c[None])**2).sum(2)).argmin(1)
-    for _ in range(n_iter):
+    for _ in range(n_iters):
         l = near(c)
         c = np.stack([x[l == j].mean(0) for j in range(len(c))])
         if cosine: c = unit(c)
@@ -30,12 +30,12 @@ def lloyd(x, c, n_iter, cosine=False):
 
 
 @pytest.mark.parametrize('metric', ['euclidean', 'cosine'])
-@pytest.mark.parametrize('n_iter', [1, 3, 100])
-def test_equals_textbook(metric, n_iter):
+@pytest.mark.parametrize('n_iters', [1, 3, 100])
+def test_equals_textbook(metric, n_iters):
     x, _ = blobs(spread=1.5)
     start = x[:6]/(np.linalg.norm(x[:6], axis=1, keepdims=True) if metric == 'cosine' else 1)
-    c, l = kmeans(x, 6, seed=0, init=start, n_iter=n_iter, metric=metric)
-    c0, l0 = lloyd(x, start, n_iter, metric == 'cosine')
+    c, l = kmeans(x, 6, seed=0, init=start, n_iters=n_iters, metric=metric)
+    c0, l0 = lloyd(x, start, n_iters, metric == 'cosine')
     assert c.dtype == np.float32 and l.dtype == np.int64 and c.shape == (6, 5) and l.shape == (300,)
     np.testing.assert_allclose(c, c0, atol=1e-4)
     assert (l == l0).all()
@@ -47,7 +47,7 @@ def test_chunks_change_nothing(monkeypatch):
     real = cluster._chunks
     monkeypatch.setattr(cluster, '_chunks', lambda x, metric, size=37: real(x, metric, size))
     assert (assign(x, c) == l).all() and (kmeans(x, 8, seed=3, init='k-means++')[1] == l).all()
-    np.testing.assert_allclose(kmeans(x, 6, seed=0, init=x[:6], n_iter=4)[0], lloyd(x, x[:6], 4)[0], atol=1e-4)
+    np.testing.assert_allclose(kmeans(x, 6, seed=0, init=x[:6], n_iters=4)[0], lloyd(x, x[:6], 4)[0], atol=1e-4)
 
 
 @pytest.mark.parametrize('init', ['random', 'k-means++'])
@@ -116,7 +116,7 @@ def test_as_many_clusters_as_rows_and_one():
     (lambda x: kmeans(np.where(np.arange(20)[:, None] == 0, np.inf, x), 3, seed=0), 'first in row 0'), (lambda x: assign(x*np.nan, x), 'NaN'),
     (lambda x: kmeans(x[:0], 1, seed=0), r'x must be \[n, d\]'), (lambda x: kmeans(x[0], 1, seed=0), r'x must be \[n, d\]'),
     (lambda x: kmeans(x, 3, seed=0, init='best'), "init must be one of random, k-means"), (lambda x: kmeans(x, 3, seed=0, metric='l1'), "metric must be one of"),
-    (lambda x: kmeans(x, 3, seed=0, n_iter=0), 'n_iter'), (lambda x: kmeans(x, 3, seed=0, init=x[:2]), r'init must be \[3, 5\]'),
+    (lambda x: kmeans(x, 3, seed=0, n_iters=0), 'n_iters'), (lambda x: kmeans(x, 3, seed=0, init=x[:2]), r'init must be \[3, 5\]'),
     (lambda x: assign(x, x[:, :2]), 'must have one d'), (lambda x: fit_pca(x, 6, whiten=False), 'pca must lie in 1 ... 5'), (lambda x: fit_pca(x, 0, whiten=False), 'pca must'),
     (lambda x: purity([], []), 'at least one'), (lambda x: window([0, 0, 4, 4], margin=-1, shape='square'), 'margin'), (lambda x: window([0, 0, 4, 4], margin=0, shape='round'), 'shape must be one of')])
 def test_errors(call, words):
@@ -263,7 +263,7 @@ def test_file_of_instances(tmp_path):
     assert [a['id'] for a in kept] == [a['id'] for a in coco['annotations'] if a['image_id'] != 4] and len(x) == len(kept)
     one, _ = embed_file(Pooled(), coco, tmp_path, tmp_path/'y.npy', **how, folder=tmp_path/'work2')
     np.testing.assert_allclose(np.load(tmp_path/'y.npy'), x, atol=1e-6)          # shards change nothing
-    clusters, labels = fit_clusters(x, how, k=3, l2=False, pca=0, whiten=False, metric='euclidean', n_iter=100, init='k-means++', n_init=5, seed=0)
+    clusters, labels = fit_clusters(x, how, k=3, l2=False, pca=0, whiten=False, metric='euclidean', n_iters=100, init='k-means++', n_init=5, seed=0)
     assert one_to_one(labels, [a['colour'] for a in kept]) == 1
 
 
@@ -290,7 +290,7 @@ def test_saved_clusters_assign_the_same(tmp_path, options):
     coco = folder_of_pictures(tmp_path)
     kept, _ = embed_file(Pooled(), coco, tmp_path, tmp_path/'x.npy', **how, folder=tmp_path/'work')
     x = np.load(tmp_path/'x.npy')
-    clusters, labels = fit_clusters(x, how, **{**dict(k=4, l2=True, pca=0, whiten=False, metric='euclidean', n_iter=100, init='random', n_init=2, seed=0), **options})
+    clusters, labels = fit_clusters(x, how, **{**dict(k=4, l2=True, pca=0, whiten=False, metric='euclidean', n_iters=100, init='random', n_init=2, seed=0), **options})
     clusters.save(tmp_path/'out')
     again = Clusters.from_folder(tmp_path/'out')
     assert (again.assign(x) == labels).all() and again.recipe == clusters.recipe
@@ -303,7 +303,7 @@ def test_saved_clusters_assign_the_same(tmp_path, options):
 
 def test_an_unreadable_picture_is_left_out_and_named(tmp_path):
     coco = folder_of_pictures(tmp_path)
-    clusters, _ = fit_clusters(blobs()[0][:, :5], how, k=2, l2=False, pca=0, whiten=False, metric='euclidean', n_iter=9, init='random', n_init=1, seed=0)
+    clusters, _ = fit_clusters(blobs()[0][:, :5], how, k=2, l2=False, pca=0, whiten=False, metric='euclidean', n_iters=9, init='random', n_init=1, seed=0)
     (tmp_path/coco['images'][0]['file_name']).write_bytes(b'')
     out, skipped = label_file(clusters, Pooled(), coco, tmp_path, folder=tmp_path/'work')
     bad = coco['images'][0]['id']
@@ -314,12 +314,12 @@ def test_no_instances_at_all(tmp_path):
     coco = dict(folder_of_pictures(tmp_path), annotations=[])
     kept, skipped = embed_file(Pooled(), coco, tmp_path, tmp_path/'x.npy', **how, folder=tmp_path/'work')
     assert kept == skipped == [] and np.load(tmp_path/'x.npy').shape == (0, 5)
-    with pytest.raises(ValueError, match='must be'): fit_clusters(np.load(tmp_path/'x.npy'), how, k=2, l2=False, pca=0, whiten=False, metric='euclidean', n_iter=9, init='random', n_init=1, seed=0)
+    with pytest.raises(ValueError, match='must be'): fit_clusters(np.load(tmp_path/'x.npy'), how, k=2, l2=False, pca=0, whiten=False, metric='euclidean', n_iters=9, init='random', n_init=1, seed=0)
 
 
 def test_broken_folder(tmp_path):
     x, _ = blobs()
-    clusters, _ = fit_clusters(x, how, k=4, l2=True, pca=2, whiten=False, metric='euclidean', n_iter=9, init='random', n_init=1, seed=0)
+    clusters, _ = fit_clusters(x, how, k=4, l2=True, pca=2, whiten=False, metric='euclidean', n_iters=9, init='random', n_init=1, seed=0)
     clusters.save(tmp_path)
     (tmp_path/'pca.npz').unlink()
     with pytest.raises(ValueError, match='not a folder of clusters'): Clusters.from_folder(tmp_path)

@@ -47,13 +47,13 @@ def lattice_matrix(lat):
     return splat.T @ k
 
 
-def mean_field(prob, matrices, n_iter):
+def mean_field(prob, matrices, n_iters):
     "Mean field over dense kernel matrices [(weight, K)], symmetric normalisation."
     c = len(prob)
     log_p = np.log(np.clip(prob.reshape(c, -1).astype(np.float64), 1e-5, 1))
     soft = lambda z: np.exp(z - z.max(0))/np.exp(z - z.max(0)).sum(0)
     q = soft(log_p)
-    for _ in range(n_iter):
+    for _ in range(n_iters):
         z = log_p.copy()
         for weight, k in matrices:
             n = k.sum(1)**-.5
@@ -206,7 +206,7 @@ def test_one_label_no_iterations_no_kernels():
     image, _ = picture()
     assert (dense_crf(image, np.full((1, 12, 14), .3, np.float32), **MASKCUT) == 1).all()
     prob = soft(3, 12, 14)
-    np.testing.assert_allclose(dense_crf(image, prob, **{**MASKCUT, 'n_iter': 0}), prob, atol=1e-4)
+    np.testing.assert_allclose(dense_crf(image, prob, **{**MASKCUT, 'n_iters': 0}), prob, atol=1e-4)
     np.testing.assert_allclose(dense_crf(image, prob, **{**MASKCUT, 'gauss_weight': 0, 'bilateral_weight': 0}), prob, atol=1e-4)
     assert dense_crf(image, soft(3, 12, 14)[:0], **MASKCUT).shape == (0, 12, 14)
     assert refine_masks(image, np.zeros((0, 12, 14), bool)).shape == (0, 12, 14)
@@ -232,7 +232,7 @@ def test_kinds_in_and_out():
     (dict(image=np.zeros((0, 14, 3), np.uint8)), 'image must be uint8'), (dict(prob=soft(2, 14, 12)), 'to fit the image'),
     (dict(prob=np.full((2, 12, 14), np.nan, np.float32)), 'NaN'), (dict(prob=np.full((2, 12, 14), -1, np.float32)), 'negative'),
     (dict(bilateral_srgb=0), 'bilateral_srgb must be positive, got 0'), (dict(gauss_sxy=-1), 'gauss_sxy must be positive'),
-    (dict(n_iter=-1), 'n_iter must be at least 0'), (dict(gauss_weight=math.nan), 'gauss_weight must be at least 0'), (dict(n_threads=0), 'n_threads must be'),
+    (dict(n_iters=-1), 'n_iters must be at least 0'), (dict(gauss_weight=math.nan), 'gauss_weight must be at least 0'), (dict(n_threads=0), 'n_threads must be'),
     (dict(bilateral_sxy=1e-9, bilateral_srgb=1e-5), 'too large')])
 def test_errors(change, words):
     given = {**dict(image=picture()[0], prob=soft(2, 12, 14)), **MASKCUT, **change}

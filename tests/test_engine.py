@@ -27,8 +27,15 @@ STUDENT = dict(depth=18, width=16, n_blocks=[1, 1, 1, 1], stem_kernel=5, stem_po
                sem_loss_stride=2, droploss=.01, decode='objectness', score_threshold=.2, panoptic_area=16, panoptic_score=.2, min_size=64, max_size=64)
 NETWORKS = dict(student=STUDENT, cutler=dict(STUDENT, n_things=1, n_stuff=0, droploss=.4), stock=dict(STUDENT, width=16, n_blocks=[], stem_kernel=7, stem_pool=True, fpn_first=2, anchor_sizes=[8, 16, 32, 64, 128],
                 norm='GN', fpn_norm='', decode='detectron2', sem_loss_stride=1, canonical_size=224, score_threshold=.05, droploss=0.), deep=dict(STUDENT, depth=50, n_blocks=[1, 1, 1, 1], norm='FrozenBN', fpn_norm='BN', droploss=.2))
-RECIPE = dict(n_iters=6, lr=1e-2, schedule='step', steps=[4], gamma=.1, flat=0., warmup=2, warmup_factor=.1, optimizer='sgd', momentum=.9, weight_decay=.01, cls_lr_multiplier=2., clip='parameter', clip_value=1.,
-              loss_weights={}, amp=None, accumulate=1, ema=0., precise_bn=0, checkpoint_every=2, log_every=2)
+RECIPE = dict(n_iters=6, lr=1e-2, schedule='step', milestones=[4], gamma=.1, flat_fraction=0., warmup_iters=2, warmup_factor=.1, optimizer='sgd', sgd_momentum=.9, weight_decay=.01, cls_lr_multiplier=2., clip_type='parameter', clip_value=1.,
+              loss_weights={}, amp=None, accumulate=1, ema_decay=0., precise_bn=0, checkpoint_period=2, log_every=2)
+
+
+def made(dataset, kind=Batches, *, batch_size, seed, **augment):
+    return kind(dataset, Augment(**augment), batch_size=batch_size, seed=seed)
+
+def run(fit, model, batches, *, folder, log_every=20, n_workers=0, **solver):
+    return fit(model, batches, Solver(batch_size=batches.batch_size, **solver), folder=folder, log_every=log_every, n_workers=n_workers)
 
 
 def test_absent_it_says_so_in_one_sentence():
@@ -52,7 +59,7 @@ def data(tmp_path_factory):
     return PseudoLabels(tmp, instances_json(images, notes, [dict(id=c, name=str(c)) for c in (2, 5, 9, 11)]), tmp)
 
 def batches(data, **over):
-    return Batches(data, **{**dict(batch_size=2, seed=3, short_sides=[56, 64], max_size=96, flip=.5, colour=(.1, .1, .1, .05), paste='semantic', paste_rate=.8, paste_scale=(.5, 1.)), **over})
+    return made(data, **{**dict(batch_size=2, seed=3, short_sides=[56, 64], max_size=96, flip=.5, colour_jitter=(.1, .1, .1, .05), copy_paste='semantic', paste_rate=.8, paste_scale=(.5, 1.)), **over})
 
 def lively(config, seed=0):
     torch.manual_seed(seed)
@@ -162,30 +169,30 @@ def test_the_trainer_gets_our_batches(data):
 def equal(a, b): return all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
 
 @needs
-@pytest.mark.parametrize('over', [{}, dict(optimizer='adamw', lr=1e-3, schedule='cosine', clip='global', precise_bn=2)], ids=['sgd', 'adamw'])
+@pytest.mark.parametrize('over', [{}, dict(optimizer='adamw', lr=1e-3, schedule='cosine', clip_type='global', precise_bn=2)], ids=['sgd', 'adamw'])
 def test_killed_it_resumes_to_the_same_bytes(data, tmp_path, over):
     class Cut(Batches):
         def part(self, i, rank, world):
             if i == 3: raise KeyError('power cut')
             return super().part(i, rank, world)
-    recipe, options = {**RECIPE, **over}, dict(batch_size=2, seed=3, short_sides=[64], max_size=96, flip=.5, colour=(0, 0, 0, 0), paste='plain', paste_rate=.5, paste_scale=(.5, 1.))
+    recipe, options = {**RECIPE, **over}, dict(batch_size=2, seed=3, short_sides=[64], max_size=96, flip=.5, colour_jitter=(0, 0, 0, 0), copy_paste='plain', paste_rate=.5, paste_scale=(.5, 1.))
     whole, cut = lively(STUDENT), lively(STUDENT)
-    rows = E.fit(whole, Batches(data, **options), folder=tmp_path/'whole', **recipe)
+    rows = run(E.fit, whole, made(data, **options), folder=tmp_path/'whole', **recipe)
     assert [r['iteration'] for r in rows] == [2, 4, 6] and not equal(whole, lively(STUDENT)) and rows[-1]['loss'] < 20
     logging.getLogger('detectron2').setLevel(logging.CRITICAL)
-    with pytest.raises(KeyError): E.fit(cut, Cut(data, **options), folder=tmp_path/'cut', **recipe)
+    with pytest.raises(KeyError): run(E.fit, cut, made(data, Cut, **options), folder=tmp_path/'cut', **recipe)
     assert equal(cut, lively(STUDENT))                                     # nothing half-trained comes back
-    assert E.fit(cut, Batches(data, **options), folder=tmp_path/'cut', **recipe) == rows and equal(cut, whole)
+    assert run(E.fit, cut, made(data, **options), folder=tmp_path/'cut', **recipe) == rows and equal(cut, whole)
     assert (tmp_path/'cut'/'log.csv').read_bytes() == (tmp_path/'whole'/'log.csv').read_bytes()
     again = lively(STUDENT)
-    assert E.fit(again, Batches(data, **options), folder=tmp_path/'cut', **recipe) == rows and equal(again, whole)     # finished: only loaded
-    other = lively(STUDENT); E.fit(other, Batches(data, **options), folder=tmp_path/'cut', **{**recipe, 'lr': 1e-4})
+    assert run(E.fit, again, made(data, **options), folder=tmp_path/'cut', **recipe) == rows and equal(again, whole)     # finished: only loaded
+    other = lively(STUDENT); run(E.fit, other, made(data, **options), folder=tmp_path/'cut', **{**recipe, 'lr': 1e-4})
     assert not equal(other, whole)                                         # another recipe is another run
 
 @needs
 def test_checkpoints_go_both_ways(data, tmp_path):
     net = lively(STUDENT)
-    E.fit(net, batches(data), folder=tmp_path, **{**RECIPE, 'n_iters': 3})
+    run(E.fit, net, batches(data), folder=tmp_path, **{**RECIPE, 'n_iters': 3})
     kept, = tmp_path.glob('detectron2-*/model_final.pth')
     fresh = build_model(STUDENT); report = load_weights(fresh, kept)
     assert equal(fresh, net) and not report.missing + report.unexpected + report.mismatched
@@ -198,9 +205,9 @@ def test_checkpoints_go_both_ways(data, tmp_path):
     assert equal(E.build(net), net)
 
 @needs
-@pytest.mark.parametrize('bad, said', [(dict(ema=.9), 'ema'), (dict(accumulate=2), 'accumulate'), (dict(loss_weights={'loss_cls': 2.}), 'loss_weights'), (dict(amp='fp16'), 'GPUs alone'), (dict(optimizer='lion'), "'lion'")])
+@pytest.mark.parametrize('bad, said', [(dict(ema_decay=.9), 'ema_decay'), (dict(accumulate=2), 'accumulate'), (dict(loss_weights={'loss_cls': 2.}), 'loss_weights'), (dict(amp='fp16'), 'GPUs alone'), (dict(optimizer='lion'), "'lion'")])
 def test_what_it_cannot_do_is_refused(data, tmp_path, bad, said):
-    with pytest.raises(ValueError, match=said): E.fit(lively(STUDENT), batches(data), folder=tmp_path, **{**RECIPE, **bad})
+    with pytest.raises(ValueError, match=said): run(E.fit, lively(STUDENT), batches(data), folder=tmp_path, **{**RECIPE, **bad})
     assert not list(tmp_path.iterdir())
 
 @needs
@@ -211,7 +218,7 @@ def test_nan_stops_with_the_checkpoint_kept(data, tmp_path):
             return ([im.float() * float('nan') for im in images] if i == 3 else images), targets, bad
     logging.getLogger('detectron2').setLevel(logging.CRITICAL)
     net = lively(dict(STUDENT, norm='GN', fpn_norm='GN'))
-    with pytest.raises(FloatingPointError): E.fit(net, Sick(data, **dict(batch_size=2, seed=3, short_sides=[64], max_size=96, flip=.5, colour=(0, 0, 0, 0), paste='none', paste_rate=0., paste_scale=(.5, 1.))), folder=tmp_path, **RECIPE)
+    with pytest.raises(FloatingPointError): run(E.fit, net, made(data, Sick, **dict(batch_size=2, seed=3, short_sides=[64], max_size=96, flip=.5, colour_jitter=(0, 0, 0, 0), copy_paste='none', paste_rate=0., paste_scale=(.5, 1.))), folder=tmp_path, **RECIPE)
     kept, = tmp_path.glob('detectron2-*/model_0000001.pth')
     assert all(v.isfinite().all() for v in torch.load(kept, weights_only=True)['model'].values())
 
@@ -221,11 +228,11 @@ def test_adamw_and_sgd_step_as_the_torch_engine_does(data, tmp_path, monkeypatch
     from u2seg import train
     first_ones(monkeypatch)
     config = dict(STUDENT, norm='GN', fpn_norm='GN')
-    for over in (dict(optimizer='sgd'), dict(optimizer='adamw', lr=1e-4), dict(clip='global', schedule='cosine')):
-        recipe = {**RECIPE, 'n_iters': 3, 'warmup': 1, **over}
+    for over in (dict(optimizer='sgd'), dict(optimizer='adamw', lr=1e-4), dict(clip_type='global', schedule='cosine')):
+        recipe = {**RECIPE, 'n_iters': 3, 'warmup_iters': 1, **over}
         a, b = lively(config), lively(config)
-        x = train.fit(a, batches(data), folder=tmp_path/'a', **recipe)
-        y = E.fit(b, batches(data), folder=tmp_path/'b', **recipe)
+        x = run(train.fit, a, batches(data), folder=tmp_path/'a', **recipe)
+        y = run(E.fit, b, batches(data), folder=tmp_path/'b', **recipe)
         assert all(abs(p['loss'] - q['loss']) < 1e-3 and abs(p['lr'] - q['lr']) < 1e-9 for p, q in zip(x, y)), over
         moved = torch.cat([(v - lively(config).state_dict()[k]).flatten() for k, v in a.state_dict().items()])
         apart = torch.cat([(v - b.state_dict()[k]).flatten() for k, v in a.state_dict().items()])

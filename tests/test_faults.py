@@ -28,6 +28,8 @@ from u2seg.images import encode_rle, instances_json, read_image, write_json, wri
 from u2seg.model import build_model, save_weights
 from u2seg.predict import predict_folder
 from u2seg.stage import sharded
+from u2seg.augment import Augment
+from u2seg.solver import Solver
 from u2seg.train import Batches, PseudoLabels, fit
 
 fork = multiprocessing.get_context('fork')
@@ -52,10 +54,10 @@ def label(given, out):
 
 def train(given, out):
     data = PseudoLabels(given, given/'instances.json', given/'stuff')
-    views = dict(batch_size=2, seed=3, short_sides=[16], max_size=40, flip=.5, colour=(.2, .2, .2, .1), paste='none', paste_rate=0., paste_scale=(.3, .8))
+    augment = Augment(short_sides=[16], max_size=40, flip=.5, colour_jitter=(.2, .2, .2, .1), copy_paste='none', paste_rate=0., paste_scale=(.3, .8))
     net = Net()
-    fit(net, Batches(data, **views), folder=out/'.work', n_iters=12, lr=.05, schedule='step', steps=[8], gamma=.1, flat=0., warmup=3, warmup_factor=.001, optimizer='sgd', momentum=.9, weight_decay=0.,
-        cls_lr_multiplier=1., clip=None, clip_value=1., loss_weights={}, amp=None, accumulate=1, ema=0., precise_bn=0, checkpoint_every=2, log_every=3)
+    fit(net, Batches(data, augment, batch_size=2, seed=3), Solver(batch_size=2, n_iters=12, lr=.05, schedule='step', milestones=[8], gamma=.1, flat_fraction=0., warmup_iters=3, warmup_factor=.001, optimizer='sgd', sgd_momentum=.9, weight_decay=0.,
+        cls_lr_multiplier=1., clip_type=None, clip_value=1., loss_weights={}, amp=None, accumulate=1, ema_decay=0., precise_bn=0, checkpoint_period=2), folder=out/'.work', log_every=3)
     write_json(out/'weights.json', {k: v.tolist() for k, v in net.state_dict().items()})
 
 def command(given, out):

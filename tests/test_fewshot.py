@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from u2seg import fewshot, train
+from u2seg.augment import Augment
 from u2seg.evaluate import model_records, read_truth, score
 from u2seg.fewshot import LabelledPictures, few_shot, nested_subsets
 from u2seg.images import encode_rle, ids_to_rgb, read_json, write_json, write_png
@@ -17,9 +18,9 @@ CATEGORIES = [dict(id=3, name='a', isthing=1), dict(id=7, name='b', isthing=1), 
 CONFIG = dict(depth=18, width=8, n_blocks=[1, 1, 1, 1], stem_pool=True, norm='BN', fpn_norm='BN', fpn_channels=16, anchor_sizes=[8, 16, 24, 32, 48], rpn_batch=16, rpn_pre_train=40,
               rpn_pre_test=20, rpn_post_train=20, rpn_post_test=10, roi_batch=8, sampling_ratio=1, fc_dim=16, mask_pool=7, mask_dim=8, n_mask_convs=1, sem_dim=8, sem_loss_stride=2,
               panoptic_area=20, min_size=48, max_size=64, decode='objectness')
-BATCHES = dict(batch_size=2, short_sides=[48], max_size=64, flip=.5, colour=(0, 0, 0, 0), paste='semantic', paste_rate=.5, paste_scale=(.5, 1.))
-TRAINING = dict(lr=1e-3, schedule='constant', steps=[], gamma=.1, flat=.4, warmup=0, warmup_factor=.01, optimizer='adamw', momentum=.9, weight_decay=.01, cls_lr_multiplier=1.,
-                clip='global', clip_value=5., loss_weights={}, amp=None, accumulate=1, ema=0., precise_bn=0, checkpoint_every=2)
+AUGMENT = Augment(short_sides=[48], max_size=64, flip=.5, colour_jitter=(0, 0, 0, 0), copy_paste='semantic', paste_rate=.5, paste_scale=(.5, 1.))
+SOLVER = dict(batch_size=2, lr=1e-3, schedule='constant', milestones=[], gamma=.1, flat_fraction=.4, warmup_iters=0, warmup_factor=.01, optimizer='adamw', sgd_momentum=.9, weight_decay=.01, cls_lr_multiplier=1.,
+                clip_type='global', clip_value=5., loss_weights={}, amp=None, accumulate=1, ema_decay=0., precise_bn=0, checkpoint_period=2)
 
 
 @pytest.fixture
@@ -90,7 +91,7 @@ def test_a_perfect_network_scores_one(root):
 
 def job(root, folder, **over): 
     return few_shot(dict(dict(init='random', weights=None, percent=50, seed=0, n_iters=4), **over), root=root, train=['s/train', 't/train'], val=['s/val'], config=CONFIG, folder=folder,
-                    batches=BATCHES, training=TRAINING, n_val=None)
+                    augment=AUGMENT, solver=SOLVER, n_val=None)
 
 
 def test_a_run_resumes_and_its_class_layers_are_new(root, tmp_path, monkeypatch):
@@ -112,15 +113,15 @@ def test_a_run_resumes_and_its_class_layers_are_new(root, tmp_path, monkeypatch)
     assert {n for n in new} == {n for n in own if any(c in n for c in ('cls_score.weight', 'mask_head.predictor.weight', 'sem_seg_head.predictor.weight'))}
 
 
-def test_the_trunk_alone_and_steps_as_shares(root, tmp_path, monkeypatch):
+def test_the_trunk_alone_and_the_iterations_of_the_job(root, tmp_path, monkeypatch):
     torch.manual_seed(5)
     given = build_model({**CONFIG, 'n_things': 2, 'n_stuff': 2}); save_weights(given, tmp_path/'model.safetensors')
     seen, own, real = {}, given.state_dict(), fewshot.fit
-    def spy(model, *a, **k): seen.update(weights={n: p.clone() for n, p in model.state_dict().items()}, steps=k['steps']); return real(model, *a, **k)
-    monkeypatch.setattr(fewshot, 'fit', spy); monkeypatch.setitem(TRAINING, 'steps', [.5, .9, 3])
+    def spy(model, batches, solver, **k): seen.update(weights={n: p.clone() for n, p in model.state_dict().items()}, solver=solver); return real(model, batches, solver, **k)
+    monkeypatch.setattr(fewshot, 'fit', spy)
     job(root, tmp_path/'a', weights=str(tmp_path/'model.safetensors'), trunk=True, n_iters=10)
     kept = {n for n in own if torch.equal(own[n], seen['weights'][n]) and own[n].ndim == 4}
-    assert kept == {n for n in own if n.startswith('backbone.bottom_up.') and own[n].ndim == 4} and seen['steps'] == [5, 9, 3]
+    assert kept == {n for n in own if n.startswith('backbone.bottom_up.') and own[n].ndim == 4} and seen['solver'].n_iters == 10
 
 
 def test_a_result_of_another_setting_is_not_taken(root, tmp_path, monkeypatch):

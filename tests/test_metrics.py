@@ -294,7 +294,7 @@ def test_renaming_clusters_changes_no_score(method, tmp_path):
             ids = read_ids(truth['maps']/a['file_name'])
             labels = np.array([stuff[(s['category_id'] + rng.integers(0, 2)) % 9] for s in a['segments_info']] + [stuff[0]], np.uint8)
             semantic = labels[np.select([ids == s['id'] for s in a['segments_info']], range(len(labels) - 1), len(labels) - 1)]
-            out[a['image_id']] = merged(mine, semantic, n_clusters=12, max_cover=.7, min_score=0.)
+            out[a['image_id']] = merged(mine, semantic, n_clusters=12, max_cover=.7, score_threshold=0.)
         return out
     knobs = dict(n_clusters=12, n_stuff=9, match_score=.2, match_iou=.5, match_stuff_iou=.15)
     scores = []

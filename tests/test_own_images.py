@@ -10,11 +10,12 @@ from PIL import Image
 
 from u2seg import evaluate, scenes
 from u2seg.images import encode_rle, ids_to_rgb, read_json, write_json, write_png
+from u2seg.recipes import overlay
 from u2seg.stage import declared, load_params, run_check, stage_notebook, stage_values, stages
 
 root = Path(__file__).parents[1]
 small = yaml.safe_load((root/'tests'/'small.yaml').read_text())
-quicker = dict(cutler=dict(n_iters=2), train=dict(n_iters=2), stego=dict(n_steps=3, map_size=128), cluster=dict(k=3, min_score=0.), maskcut=dict(crf=False), evaluate=dict(n_fit_images=4))
+quicker = dict(cutler=dict(solver=dict(n_iters=2)), train=dict(solver=dict(n_iters=2)), stego=dict(n_iters=3, segment=dict(size=128)), cluster=dict(k=3, score_threshold=0.), maskcut=dict(crf=False), evaluate=dict(n_fit_images=4))
 formats = ['.jpg', '.png', '.BMP', '.webp', '.tif', '.gif']
 
 
@@ -37,7 +38,7 @@ def run(repo, *names):
     for name in names:
         nb = nbformat.read(stage_notebook(repo, name), 4)
         values = stage_values(name, load_params(repo), declared(nb)) | dict(root='.')
-        run_check(nb, values)
+        run_check(name, nb, values)
         (repo/'out'/name).mkdir(parents=True, exist_ok=True)
         shell = InteractiveShell(); shell.showtraceback = lambda *a, **kw: None
         shell.user_ns.update(values)
@@ -49,12 +50,11 @@ def run(repo, *names):
 def repo(tmp_path_factory):
     if not (root/'out'/'pretrain'/'backbone.safetensors').is_file(): pytest.skip('out/pretrain is not here: dvc pull pretrain')
     repo = tmp_path_factory.mktemp('own')
-    for name in ('nbs', 'u2seg'): (repo/name).symlink_to(root/name)
+    for name in ('nbs', 'u2seg', 'configs'): (repo/name).symlink_to(root/name)
     shutil.copytree(root/'out'/'pretrain', repo/'out'/'pretrain')
     shutil.copy(root/'README.md', repo)
     params = yaml.safe_load((root/'params.yaml').read_text())
-    for changes in (small, quicker):
-        for section, values in changes.items(): params[section].update(values)
+    for changes in (small, quicker): params = overlay(params, changes)
     params['data'] = dict(root=str(repo/'mine'), train=['photos'], val=[])
     (repo/'params.yaml').write_text(yaml.safe_dump(params, sort_keys=False))
     draw(repo/'mine'/'photos')
@@ -156,19 +156,18 @@ def test_coco_s_own_instances_are_what_ap_is_scored_on(tmp_path):
     with pytest.raises(ValueError, match='instances_val.json: its categories'): areas()
 
 
-quickest = dict(maskcut=dict(crf=False), cutler=dict(n_iters=1, batch_size=2, n_workers=0, n_detect_procs=1), cluster=dict(k=1, pca=0), stego=dict(n_steps=2, n_classes=3, size=64, map_size=64, crf=False),
-                train=dict(n_iters=1, batch_size=2, n_workers=0), evaluate=dict(n_procs=1, n_fit_images=0))
+quickest = dict(maskcut=dict(crf=False), cutler=dict(solver=dict(n_iters=1, batch_size=2), n_workers=0, detect=dict(n_procs=1)), cluster=dict(k=1, pca=0), stego=dict(n_iters=2, n_classes=3, size=64, segment=dict(size=64), crf=None),
+                train=dict(solver=dict(n_iters=1, batch_size=2), n_workers=0), evaluate=dict(n_procs=1, n_fit_images=0))
 
 
 @pytest.fixture(scope='module')
 def few_repo(tmp_path_factory):
     "A repository without results, of the smallest runs."
     repo = tmp_path_factory.mktemp('few')
-    for name in ('nbs', 'u2seg', 'README.md'): (repo/name).symlink_to(root/name)
+    for name in ('nbs', 'u2seg', 'configs', 'README.md'): (repo/name).symlink_to(root/name)
     shutil.copytree(root/'out'/'pretrain', repo/'out'/'pretrain')
     params = yaml.safe_load((root/'params.yaml').read_text())
-    for changes in (small, quicker, quickest):
-        for section, values in changes.items(): params[section].update(values)
+    for changes in (small, quicker, quickest): params = overlay(params, changes)
     (repo/'params.yaml').write_text(yaml.safe_dump(params, sort_keys=False))
     return repo
 
@@ -226,7 +225,7 @@ def test_blank_images_end_in_a_sentence_that_says_what_to_change(few):
     assert all('NaN' not in p.read_text() for p in Path('out').glob('*/metrics.json'))
     with pytest.raises(ValueError, match='no mask in any of 3 images.* maskcut.tau'): run(repo, 'cutler')
     shutil.copytree('out/maskcut', 'out/cutler', dirs_exist_ok=True)                                    # as if the detector had found nothing either
-    with pytest.raises(ValueError, match='holds no instance.* cutler.keep_score'): run(repo, 'cluster')
+    with pytest.raises(ValueError, match='holds no instance.* cutler.detect.score_threshold'): run(repo, 'cluster')
     change(repo, cluster=dict(source='maskcut'))
     with pytest.raises(ValueError, match='holds no instance.* maskcut.tau'): run(repo, 'cluster')
 

@@ -178,7 +178,7 @@ def label_set(tmp_path):
             anns.append(dict(image_id=i, category_id=int(rng.integers(1, N + 1)), segmentation=rle(m), score=float(rng.random())))
     coco = instances_json(images, anns, [dict(id=i, name=str(i)) for i in range(1, N + 1)])
     def write(folder='out', **kw):
-        knobs = dict(n_stuff=5, max_cover=.7, rule='release', keep_empty=True, min_score=0., min_area=1) | kw
+        knobs = dict(n_stuff=5, max_cover=.7, rule='release', keep_empty=True, score_threshold=0., min_area=1) | kw
         return write_labels(coco, tmp_path/'semantic', tmp_path/folder, work_folder=tmp_path/'work', **knobs), tmp_path/folder
     write.coco, write.root = coco, tmp_path
     return write
@@ -267,8 +267,8 @@ def test_keep_empty_is_a_switch(label_set):
     assert {i['id'] for i in read_json(label_set('b', keep_empty=False)[1]/'panoptic.json')['images']} == {1, 3, 5, 6}
 
 
-def test_min_score_reaches_both_files(label_set):
-    counts, out = label_set(min_score=.5)
+def test_score_threshold_reaches_both_files(label_set):
+    counts, out = label_set(score_threshold=.5)
     assert all(a['score'] >= .5 for a in read_json(out/'instances.json')['annotations']) and counts['n_things'] <= counts['n_instances'] < 12
 
 

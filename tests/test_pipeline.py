@@ -6,9 +6,11 @@ import pytest
 import yaml
 
 from u2seg import scenes
+from u2seg.recipes import overlay
 from u2seg.stage import stages
 
 root = Path(__file__).parents[1]
+pretraining = dict(n_images=24, n_procs=1, n_threads=1, n_composed=dict(backbone=4, embedder=4), n_plain=dict(backbone=8, embedder=8))
 small = yaml.safe_load((Path(__file__).parent/'small.yaml').read_text())   # what the reduced run changes in params.yaml
 before_truth = ['maskcut', 'cutler', 'cluster', 'stego', 'panoptic', 'train']
 
@@ -23,21 +25,20 @@ def run(clone, *cmd, ok=True):
 def ran(output): return re.findall(r"Running stage '(\w+)'", output)
 
 
-def change(clone, updates):
-    params = yaml.safe_load((clone/'params.yaml').read_text())
-    for section, values in updates.items(): params[section].update(values)
-    (clone/'params.yaml').write_text(yaml.safe_dump(params, sort_keys=False))
+def change(clone, updates, name='params.yaml'):
+    params = overlay(yaml.safe_load((clone/name).read_text()), updates)
+    (clone/name).write_text(yaml.safe_dump(params, sort_keys=False))
 
 
 @pytest.fixture(scope='module')
 def clone(tmp_path_factory):
     clone = tmp_path_factory.mktemp('pipeline')/'u2seg'
     subprocess.run(['git', 'clone', '-q', root, clone], check=True)
-    for name in ('nbs', 'u2seg'):                                      # what is being tested is the working tree
+    for name in ('nbs', 'u2seg', 'configs'):                                      # what is being tested is the working tree
         shutil.rmtree(clone/name); shutil.copytree(root/name, clone/name, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
     for name in ('params.yaml', 'dvc.yaml'): shutil.copy(root/name, clone/name)
     scenes.draw_dataset(clone/'small', seed=1, n_train=20, n_val=6, kinds=('objects', 'scenes'), n_workers=2)
-    change(clone, small)
+    change(clone, small); change(clone, pretraining, 'configs/pretrain.yaml')
     return clone
 
 

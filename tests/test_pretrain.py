@@ -11,8 +11,8 @@ from u2seg import pretrain as P
 from u2seg.scenes import draw_images
 
 model = dict(img_size=48, embed_dim=24, depth=1, num_heads=2, patch_size=8, stem_channels=[6, 8, 12])
-knobs = dict(model=model, n_composed=2, composed_size=48, n_patches=6, n_images=4, image_size=32, patch_weight=1., image_weight=1., patch_temperature=.2, image_temperature=.2,
-             lr=1e-3, weight_decay=.05, n_warmup=3, momentum=.99, bf16=False, seed=0, save_every=20)
+knobs = dict(model=model, n_composed=2, composed_size=48, n_patches=6, n_plain=4, image_size=32, patch_weight=1., image_weight=1., patch_temperature=.2, image_temperature=.2,
+             lr=1e-3, weight_decay=.05, warmup_iters=3, ema_decay=.99, bf16=False, seed=0, save_every=20)
 
 
 @pytest.fixture(scope='module')
@@ -160,21 +160,21 @@ def test_the_average_follows_numbers_and_copies_statistics():
 # --- runs
 
 def test_it_learns(pictures, tmp_path):
-    _, log = P.fit(pictures, tmp_path, n_steps=60, **(knobs | dict(n_composed=4, n_patches=12, n_images=12, lr=3e-3)))
+    _, log = P.fit(pictures, tmp_path, n_iters=60, **(knobs | dict(n_composed=4, n_patches=12, n_plain=12, lr=3e-3)))
     assert log[-1]['image_loss'] < log[0]['image_loss'] - .1 and log[-1]['patch_loss'] < log[0]['patch_loss'] and [r['step'] for r in log] == [20, 40, 60]
 
 
 def test_the_seed_decides(pictures, tmp_path):
-    first, log = P.fit(pictures, tmp_path/'a', n_steps=5, **knobs)
+    first, log = P.fit(pictures, tmp_path/'a', n_iters=5, **knobs)
     torch.manual_seed(123)                                                            # the global generator has no say, and is left alone
-    second, again = P.fit(pictures, tmp_path/'b', n_steps=5, **knobs)
+    second, again = P.fit(pictures, tmp_path/'b', n_iters=5, **knobs)
     assert torch.rand(1) == torch.rand(1, generator=generator(123)) and equal(first, second) and log == again
-    third, _ = P.fit(pictures, tmp_path/'c', n_steps=5, **(knobs | dict(seed=1)))
+    third, _ = P.fit(pictures, tmp_path/'c', n_iters=5, **(knobs | dict(seed=1)))
     assert not equal(first, third)
 
 
 def test_stopped_and_resumed_ends_with_the_same_bytes(pictures, tmp_path, monkeypatch):
-    whole, log = P.fit(pictures, tmp_path/'whole', n_steps=50, **knobs)
+    whole, log = P.fit(pictures, tmp_path/'whole', n_iters=50, **knobs)
     contrast, n = P.Pretrainer.patch_contrast, 0
     def fails(self, *args):
         nonlocal n; n += 1
@@ -182,8 +182,8 @@ def test_stopped_and_resumed_ends_with_the_same_bytes(pictures, tmp_path, monkey
         return contrast(self, *args)
     monkeypatch.setattr(P.Pretrainer, 'patch_contrast', fails)
     for _ in range(2):
-        with pytest.raises(KeyboardInterrupt): P.fit(pictures, tmp_path/'cut', n_steps=50, **knobs)
-    resumed, again = P.fit(pictures, tmp_path/'cut', n_steps=50, **knobs)
+        with pytest.raises(KeyboardInterrupt): P.fit(pictures, tmp_path/'cut', n_iters=50, **knobs)
+    resumed, again = P.fit(pictures, tmp_path/'cut', n_iters=50, **knobs)
     assert n == 30 + 9 + 15 - 4 + 5 - 1 or n < 2*50                                   # it went on from step 20 and 20, not from 0 each time
     assert equal(whole, resumed) and log == again
     a, b = (torch.load(tmp_path/d/'state.pt', weights_only=True) for d in ('whole', 'cut'))
@@ -191,40 +191,40 @@ def test_stopped_and_resumed_ends_with_the_same_bytes(pictures, tmp_path, monkey
 
 
 def test_other_settings_start_anew(pictures, tmp_path):
-    P.fit(pictures, tmp_path, n_steps=3, **knobs)
-    changed, _ = P.fit(pictures, tmp_path, n_steps=3, **(knobs | dict(lr=2e-3)))
-    fresh, _ = P.fit(pictures, tmp_path/'fresh', n_steps=3, **(knobs | dict(lr=2e-3)))
+    P.fit(pictures, tmp_path, n_iters=3, **knobs)
+    changed, _ = P.fit(pictures, tmp_path, n_iters=3, **(knobs | dict(lr=2e-3)))
+    fresh, _ = P.fit(pictures, tmp_path/'fresh', n_iters=3, **(knobs | dict(lr=2e-3)))
     assert equal(changed, fresh)
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(pictures, tmp_path, monkeypatch):
-    P.fit(pictures, tmp_path, n_steps=20, **knobs)
+    P.fit(pictures, tmp_path, n_iters=20, **knobs)
     kept = (tmp_path/'state.pt').read_bytes()
     state = torch.load(tmp_path/'state.pt', weights_only=True)
-    state['settings']['n_steps'] = 40
+    state['settings']['n_iters'] = 40
     torch.save(state, tmp_path/'state.pt'); kept = (tmp_path/'state.pt').read_bytes()
     contrast, n = P.Pretrainer.image_contrast, 0
     def breaks(self, views):
         nonlocal n; n += 1
         return contrast(self, views)*(float('nan') if n == 5 else 1)
     monkeypatch.setattr(P.Pretrainer, 'image_contrast', breaks)
-    with pytest.raises(FloatingPointError, match='loss is nan at step 24'): P.fit(pictures, tmp_path, n_steps=40, **knobs)
+    with pytest.raises(FloatingPointError, match='loss is nan at step 24'): P.fit(pictures, tmp_path, n_iters=40, **knobs)
     assert (tmp_path/'state.pt').read_bytes() == kept
 
 
 def test_rates_fall_to_zero():
-    rates = [P.scheduled(s, 50, lr=2., n_warmup=5, momentum=.9)[0] for s in range(51)]
+    rates = [P.scheduled(s, 50, lr=2., warmup_iters=5, ema_decay=.9)[0] for s in range(51)]
     assert rates[50] == pytest.approx(0, abs=1e-9) and max(rates) <= 2 and rates[0] == pytest.approx(.4) and rates[5:] == sorted(rates[5:], reverse=True)
-    assert [round(P.scheduled(s, 50, lr=1., n_warmup=5, momentum=.9)[1], 3) for s in (0, 4, 1000)] == [0, .5, .9]
+    assert [round(P.scheduled(s, 50, lr=1., warmup_iters=5, ema_decay=.9)[1], 3) for s in (0, 4, 1000)] == [0, .5, .9]
 
 
 # --- pictures
 
 def test_drawn_pictures_are_drawn_once(tmp_path, pictures, monkeypatch):
-    first = np.array(P.drawn(tmp_path/'p.npy', n_pictures=4, size=128, seed=0))
+    first = np.array(P.drawn(tmp_path/'p.npy', n_images=4, size=128, seed=0))
     assert np.array_equal(first, pictures[:4])
     monkeypatch.setattr(P, 'draw_images', lambda *a, **kw: pytest.fail('drawn again'))
-    assert np.array_equal(P.drawn(tmp_path/'p.npy', n_pictures=4, size=128, seed=0), first)
+    assert np.array_equal(P.drawn(tmp_path/'p.npy', n_images=4, size=128, seed=0), first)
 
 
 def test_own_pictures(tmp_path, pictures, capsys):

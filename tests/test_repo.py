@@ -6,6 +6,7 @@ import nbformat
 import pytest
 import yaml
 
+from u2seg import recipes as R
 from u2seg import stage as S
 
 root = Path(__file__).parents[1]
@@ -60,7 +61,7 @@ def test_module_imports_only_from_lower_numbers():
 
 
 def test_params_are_the_notebooks_defaults():
-    params = yaml.safe_load((root/'params.yaml').read_text())
+    params = S.load_params(root)
     assert S.check_stages(root) == S.stages(root)
     for name in S.stages(root):
         defaults = S.declared(nbformat.read(S.stage_notebook(root, name), 4))
@@ -68,9 +69,10 @@ def test_params_are_the_notebooks_defaults():
         assert given == {k: v for k, v in defaults.items() if k != 'root'}, name
 
 
-@pytest.mark.parametrize('config', sorted((root/'configs').glob('*.yaml')), ids=lambda p: p.stem)
-def test_recipes_fit_the_stages(config, tmp_path):
-    (tmp_path/'nbs').symlink_to(root/'nbs'); shutil.copy(config, tmp_path/'params.yaml')
+@pytest.mark.parametrize('recipe', list(R.recipes(root)))
+def test_recipes_fit_the_stages(recipe, tmp_path):
+    for name in ('nbs', 'configs'): (tmp_path/name).symlink_to(root/name)
+    R.use(recipe, tmp_path)
     assert S.check_stages(tmp_path) == S.stages(root)
 
 
@@ -90,7 +92,8 @@ def test_pipeline_names_every_stage_and_its_modules():
     dvc = yaml.safe_load((root/'dvc.yaml').read_text())['stages']
     assert list(dvc) == S.stages(root)
     for name, stage in dvc.items():
-        assert stage['cmd'] == f'u2seg run {name}' and name in str(stage['params'])
+        shared = S.declared(nbformat.read(S.stage_notebook(root, name), 4)).keys() & {*S.SHARED}
+        assert stage['cmd'] == f'u2seg run {name}' and {name, *shared} <= {p for p in stage['params'] if isinstance(p, str)}
         if name == 'pretrain': continue                       # retrained only when its parameters change
         notebook = S.stage_notebook(root, name)
         assert f'nbs/{notebook.name}' in stage['deps']

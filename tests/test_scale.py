@@ -11,6 +11,8 @@ import numpy as np, torch
 from torch import nn
 from u2seg.images import instances_json, write_json, write_png
 from u2seg.stage import sharded
+from u2seg.augment import Augment
+from u2seg.solver import Solver
 from u2seg.train import Batches, PseudoLabels, fit
 torch.set_num_threads(1)
 given, out, rank = Path(sys.argv[1]), Path(sys.argv[2]), int(os.environ['RANK'])
@@ -29,10 +31,10 @@ class Net(nn.Module):
         time.sleep(.02)
         return dict(loss_sem_seg=sum(nn.functional.cross_entropy(self.cls_score(im[None] / 255), t['sem'][None].clamp(max=3)) for im, t in zip(images, targets)))
 data = PseudoLabels(given, given/'instances.json', given/'stuff')
-views = dict(batch_size=4, seed=3, short_sides=[16], max_size=40, flip=.5, colour=(.2, .2, .2, .1), paste='none', paste_rate=0., paste_scale=(.3, .8))
+augment = Augment(short_sides=[16], max_size=40, flip=.5, colour_jitter=(.2, .2, .2, .1), copy_paste='none', paste_rate=0., paste_scale=(.3, .8))
 net = Net()
-fit(net, Batches(data, **views), folder=out/'train', n_iters=16, lr=.05, schedule='step', steps=[8], gamma=.1, flat=0., warmup=3, warmup_factor=.001, optimizer='sgd', momentum=.9, weight_decay=0.,
-    cls_lr_multiplier=1., clip=None, clip_value=1., loss_weights={}, amp=None, accumulate=1, ema=0., precise_bn=0, checkpoint_every=2, log_every=3)
+fit(net, Batches(data, augment, batch_size=4, seed=3), Solver(batch_size=4, n_iters=16, lr=.05, schedule='step', milestones=[8], gamma=.1, flat_fraction=0., warmup_iters=3, warmup_factor=.001, optimizer='sgd', sgd_momentum=.9, weight_decay=0.,
+    cls_lr_multiplier=1., clip_type=None, clip_value=1., loss_weights={}, amp=None, accumulate=1, ema_decay=0., precise_bn=0, checkpoint_period=2), folder=out/'train', log_every=3)
 write_json(out/f'weights{rank}.json', {k: v.tolist() for k, v in net.state_dict().items()})
 '''
 

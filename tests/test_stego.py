@@ -16,7 +16,7 @@ from u2seg.stego import fit_kmeans, fit_labeller, fit_stego, linear_probe, load_
 
 G = lambda seed=0: torch.Generator().manual_seed(seed)
 KNOBS = dict(w_self=.67, w_knn=.25, w_rand=.63, b_self=.08, b_knn=.02, b_rand=.3, n_points=4, n_random=2, pointwise=True)
-FIT = dict(n_classes=3, code_dim=4, dropout=.1, n_steps=12, batch_size=4, lr=1e-2, lr_probe=5e-2, seed=5, log_every=1) | KNOBS
+FIT = dict(n_classes=3, code_dim=4, dropout=.1, n_iters=12, batch_size=4, lr=1e-2, lr_probe=5e-2, seed=5, log_every=1) | KNOBS
 
 
 def plain_loss(f, g, c, s, shift, pointwise=True, zero_clamp=True):
@@ -158,10 +158,10 @@ def test_probe_moves_the_clusters_alone():
 
 
 def test_kmeans_reaches_a_fixed_point():
-    x = torch.randn(400, 6, generator=G()); k = spherical_kmeans(x, 5, seed=0, n_iter=200, n_starts=2)
+    x = torch.randn(400, 6, generator=G()); k = spherical_kmeans(x, 5, seed=0, n_iters=200, n_starts=2)
     u = F.normalize(x, dim=1); label = (u @ k.T).argmax(1)
     for c in range(5): assert torch.allclose(F.normalize(u[label == c].mean(0), dim=0), k[c], atol=1e-3)
-    assert torch.equal(k, spherical_kmeans(x, 5, seed=0, n_iter=200, n_starts=2))
+    assert torch.equal(k, spherical_kmeans(x, 5, seed=0, n_iters=200, n_starts=2))
     with pytest.raises(ValueError, match='5 clusters need 5'): spherical_kmeans(x[:4], 5, seed=0)
 
 
@@ -199,7 +199,7 @@ def test_other_neighbours_start_anew(features, tmp_path, monkeypatch):
     x, near = features
     steps, step = [], stego._train_step
     monkeypatch.setattr(stego, '_train_step', lambda i, *a: (steps.append(i), step(i, *a))[1])
-    knobs = FIT | dict(n_steps=4)
+    knobs = FIT | dict(n_iters=4)
     for n in (near, near, near.flip(0)): fit_stego(x, n, folder=tmp_path, **knobs)
     assert steps == [0, 1, 2, 3] * 2
 
@@ -226,12 +226,12 @@ def test_training_learns_what_the_features_say(tmp_path):
     truth = torch.arange(4).repeat(4).view(1, 1, 16).expand(12, 4, 16)[:, :, :]     # stripes of four classes
     feats = torch.eye(6)[truth].permute(0, 3, 1, 2) + .2 * torch.randn(12, 6, 4, 16, generator=G())
     neighbors = torch.stack([(torch.arange(12) + i) % 12 for i in (1, 2, 3)], 1)
-    lab = refit_probe(fit_stego(feats, neighbors, folder=tmp_path, **FIT | dict(n_steps=150, n_classes=4, n_points=6)), feats, seed=0)
+    lab = refit_probe(fit_stego(feats, neighbors, folder=tmp_path, **FIT | dict(n_iters=150, n_classes=4, n_points=6)), feats, seed=0)
     found = lab.log_prob(lab.code(feats), 1.).argmax(1)
     assert sum(torch.bincount(truth[found == c]).max().item() for c in found.unique()) / truth.numel() > .95
-    probe = linear_probe(lab, feats, truth, n_classes=4, seed=0, n_steps=60, lr=.05)
+    probe = linear_probe(lab, feats, truth, n_classes=4, seed=0, n_iters=60, lr=.05)
     assert (probe(lab.code(feats)).argmax(1) == truth).float().mean() > .95
-    a, b = (linear_probe(lab, feats, t, n_classes=4, seed=0, n_steps=3).weight for t in (torch.where(truth == 1, 255, truth), torch.where(truth == 1, 255, truth)))
+    a, b = (linear_probe(lab, feats, t, n_classes=4, seed=0, n_iters=3).weight for t in (torch.where(truth == 1, 255, truth), torch.where(truth == 1, 255, truth)))
     assert torch.equal(a, b)
 
 
@@ -303,7 +303,7 @@ def test_crf_follows_the_picture(labeller):
     image = np.zeros((32, 32, 3), np.uint8)
     for y in range(32): image[y, 10 + 6 * (y // 4 % 2):] = 255                   # teeth of 4 px that patches of 8 px cannot see
     lab = Labeller(PcaHead(torch.zeros(6), torch.eye(6)[:3]), torch.tensor([[1., 1, 1], [-1., -1, -1]]))
-    crf = dict(n_iter=10, gauss_weight=3., gauss_sxy=1., bilateral_weight=4., bilateral_sxy=67., bilateral_srgb=3.)
+    crf = dict(n_iters=10, gauss_weight=3., gauss_sxy=1., bilateral_weight=4., bilateral_sxy=67., bilateral_srgb=3.)
     rough, fine = (segment(lab, extract, [image], **ARGS | dict(crf=c, alpha=1.))[0] for c in (None, crf))
     want = (image[..., 0] == 0).astype(int)
     assert (rough == want).mean() < .95 and (fine == want).mean() > .99
@@ -501,15 +501,16 @@ def test_checkpoint_that_is_none(tmp_path):
 def test_published_settings_are_complete_sections():
     import nbformat, yaml
     from pathlib import Path
+    from u2seg.recipes import compose
     from u2seg.stage import declared, run_check, stage_notebook, stage_values
     root = Path(__file__).parents[1]; nb = nbformat.read(stage_notebook(root, 'stego'), 4)
     files = sorted((root/'configs'/'stego').glob('*.yaml'))
     assert [f.stem for f in files] == ['cityscapes_vit_base', 'cityscapes_vit_small', 'coco27_vit_base', 'coco27_vit_small']
     for f in files:
-        params = yaml.safe_load(f.read_text()) | dict(data=dict(root='data', train=['x'], val=[]))
-        values = stage_values('stego', params, declared(nb)); run_check(nb, values | {'root': '.'})
+        params = yaml.safe_load(compose(f'stego/{f.stem}', root))
+        values = stage_values('stego', params, declared(nb)); run_check('stego', nb, values | {'root': '.'})
         s = params['stego']
         assert s['code_dim'] == (90 if 'base' in f.stem else 70) and s['n_classes'] == 27 and s['pointwise'] and s['probe'] == 'sgd' and s['crops'] == 'five'
-    shifts = {f.stem: [yaml.safe_load(f.read_text())['stego'][k] for k in ('w_self', 'w_knn', 'w_rand', 'b_self', 'b_knn', 'b_rand')] for f in files}
+    shifts = {f.stem: [yaml.safe_load(compose(f'stego/{f.stem}', root))['stego'][k] for k in ('w_self', 'w_knn', 'w_rand', 'b_self', 'b_knn', 'b_rand')] for f in files}
     assert shifts['coco27_vit_small'] == [.67, .25, .63, .08, .02, .66]                  # METHOD, section 4
     assert shifts['coco27_vit_base'] == pytest.approx([.1, 1, .1538476246, .12, .2, 1])

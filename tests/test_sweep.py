@@ -28,7 +28,7 @@ def test_committed_sweeps_pass_the_stages_checks(name):
 @pytest.mark.parametrize('stage', ['cutler', 'train', 'fewshot'])
 def test_plain_paste_of_more_than_the_picture_is_refused(stage):
     for scale, fits in (([.5, 1.], True), ([.5, 1.2], False), ([.8, .5], False), ([.5], False)):
-        todo = [dict(name='x', set={f'{stage}.paste': 'plain', f'{stage}.paste_scale': scale}, targets=['evaluate'])]
+        todo = [dict(name='x', set={f'{stage}.augment.copy_paste': 'plain', f'{stage}.augment.paste_scale': scale}, targets=['evaluate'])]
         if fits: S.check_experiments(todo, root)
         else:
             with pytest.raises(ValueError, match='paste_scale'): S.check_experiments(todo, root)

@@ -7,13 +7,22 @@ import torch
 from torch import nn
 
 from u2seg import train
+from u2seg.augment import Augment
 from u2seg.images import decode_rle, encode_rle, instances_json, write_png
 from u2seg.model import build_model
-from u2seg.train import Batches, PseudoLabels, clip_gradients, detect, epoch_batches, fit, launch, lr_factor, parameter_groups, precise_bn, self_training_labels
+from u2seg.solver import Solver, lr_factor
+from u2seg.train import Batches, PseudoLabels, clip_gradients, detect, epoch_batches, fit, launch, parameter_groups, precise_bn, self_training_labels
 
-RECIPE = dict(n_iters=14, lr=.05, schedule='step', steps=[8, 12], gamma=.1, flat=0., warmup=3, warmup_factor=.001, optimizer='sgd', momentum=.9, weight_decay=1e-3,
-              cls_lr_multiplier=2., clip='parameter', clip_value=1., loss_weights={}, amp=None, accumulate=1, ema=0., precise_bn=0, checkpoint_every=4, log_every=3)
-VIEWS = dict(batch_size=4, seed=3, short_sides=[16, 20], max_size=40, flip=.5, colour=(.2, .2, .2, .1), paste='plain', paste_rate=.8, paste_scale=(.3, .8))
+RECIPE = dict(n_iters=14, lr=.05, schedule='step', milestones=[8, 12], gamma=.1, flat_fraction=0., warmup_iters=3, warmup_factor=.001, optimizer='sgd', sgd_momentum=.9, weight_decay=1e-3,
+              cls_lr_multiplier=2., clip_type='parameter', clip_value=1., loss_weights={}, amp=None, accumulate=1, ema_decay=0., precise_bn=0, checkpoint_period=4, log_every=3)
+VIEWS = dict(batch_size=4, seed=3, short_sides=[16, 20], max_size=40, flip=.5, colour_jitter=(.2, .2, .2, .1), copy_paste='plain', paste_rate=.8, paste_scale=(.3, .8))
+
+
+def made(dataset, kind=Batches, *, batch_size, seed, **augment):
+    return kind(dataset, Augment(**augment), batch_size=batch_size, seed=seed)
+
+def run(model, batches, *, folder, log_every=20, n_workers=0, **solver):
+    return fit(model, batches, Solver(batch_size=batches.batch_size, **solver), folder=folder, log_every=log_every, n_workers=n_workers)
 
 
 class Tiny(nn.Module):
@@ -64,49 +73,49 @@ class Broken(Batches):
         return super().part(i, rank, world)
 
 
-VARIANTS = dict(sgd={}, adamw=dict(optimizer='adamw', lr=1e-2, schedule='cosine', flat=.4, clip='global', ema=.9, precise_bn=2), bf16=dict(amp='bf16', accumulate=2, clip=None))
+VARIANTS = dict(sgd={}, adamw=dict(optimizer='adamw', lr=1e-2, schedule='cosine', flat_fraction=.4, clip_type='global', ema_decay=.9, precise_bn=2), bf16=dict(amp='bf16', accumulate=2, clip_type=None))
 
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_killed_anywhere_it_ends_with_the_same_bytes(data, tmp_path, variant):
     recipe = {**RECIPE, **VARIANTS[variant]}
     handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
-    whole = Tiny(); fit(whole, Batches(data, **VIEWS), folder=tmp_path/'whole', **recipe)
+    whole = Tiny(); run(whole, made(data, **VIEWS), folder=tmp_path/'whole', **recipe)
     for at, how, exc in ((0, 'error', KeyError), (5, signal.SIGTERM, SystemExit), (9, 'error', KeyError), (10, signal.SIGINT, KeyboardInterrupt), (13, signal.SIGTERM, SystemExit)):
-        broken = Broken(data, **VIEWS); broken.at, broken.how = at, how
+        broken = made(data, Broken, **VIEWS); broken.at, broken.how = at, how
         folder = tmp_path/f'{at}'
-        with pytest.raises(exc): fit(Tiny(), broken, folder=folder, **recipe)
-        again = Tiny(); fit(again, Batches(data, **VIEWS), folder=folder, **recipe)
+        with pytest.raises(exc): run(Tiny(), broken, folder=folder, **recipe)
+        again = Tiny(); run(again, made(data, **VIEWS), folder=folder, **recipe)
         assert equal(whole, again), f'killed at {at}'
         assert (folder/'log.csv').read_bytes() == (tmp_path/'whole'/'log.csv').read_bytes()
-    third = Tiny(); rows = fit(third, Batches(data, **VIEWS), folder=tmp_path/'0', **recipe)     # finished: only loaded
+    third = Tiny(); rows = run(third, made(data, **VIEWS), folder=tmp_path/'0', **recipe)     # finished: only loaded
     assert equal(whole, third) and rows[-1]['iteration'] == 14
     assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == handlers
 
 
 def test_killed_many_times_in_one_run(data, tmp_path):
-    whole = Tiny(); fit(whole, Batches(data, **VIEWS), folder=tmp_path/'whole', **RECIPE)
+    whole = Tiny(); run(whole, made(data, **VIEWS), folder=tmp_path/'whole', **RECIPE)
     for at in (2, 3, 6, 7, 11):
-        broken = Broken(data, **VIEWS); broken.at, broken.how = at, signal.SIGTERM
-        with pytest.raises(SystemExit): fit(Tiny(), broken, folder=tmp_path/'cut', **RECIPE)
-    last = Tiny(); fit(last, Batches(data, **VIEWS), folder=tmp_path/'cut', **RECIPE)
+        broken = made(data, Broken, **VIEWS); broken.at, broken.how = at, signal.SIGTERM
+        with pytest.raises(SystemExit): run(Tiny(), broken, folder=tmp_path/'cut', **RECIPE)
+    last = Tiny(); run(last, made(data, **VIEWS), folder=tmp_path/'cut', **RECIPE)
     assert equal(whole, last)
 
 
 def test_loader_processes_change_nothing(data, tmp_path):
     a, b = Tiny(), Tiny()
-    fit(a, Batches(data, **VIEWS), folder=tmp_path/'a', **RECIPE)
-    fit(b, Batches(data, **VIEWS), folder=tmp_path/'b', **RECIPE, n_workers=2)
+    run(a, made(data, **VIEWS), folder=tmp_path/'a', **RECIPE)
+    run(b, made(data, **VIEWS), folder=tmp_path/'b', **RECIPE, n_workers=2)
     assert equal(a, b)
 
 
 def test_another_recipe_starts_anew_and_keeps_the_old_checkpoint(data, tmp_path):
-    fit(Tiny(), Batches(data, **VIEWS), folder=tmp_path/'a', **RECIPE)
+    run(Tiny(), made(data, **VIEWS), folder=tmp_path/'a', **RECIPE)
     b, c = Tiny(), Tiny()
-    fit(b, Batches(data, **VIEWS), folder=tmp_path/'a', **{**RECIPE, 'lr': .01})
-    fit(c, Batches(data, **VIEWS), folder=tmp_path/'c', **{**RECIPE, 'lr': .01})
+    run(b, made(data, **VIEWS), folder=tmp_path/'a', **{**RECIPE, 'lr': .01})
+    run(c, made(data, **VIEWS), folder=tmp_path/'c', **{**RECIPE, 'lr': .01})
     assert equal(b, c) and (tmp_path/'a'/'checkpoint.previous.pt').exists()
     (tmp_path/'a'/'checkpoint.pt').write_bytes(b'torn')
-    with pytest.raises(ValueError, match='checkpoint.pt: not a readable checkpoint'): fit(Tiny(), Batches(data, **VIEWS), folder=tmp_path/'a', **RECIPE)
+    with pytest.raises(ValueError, match='checkpoint.pt: not a readable checkpoint'): run(Tiny(), made(data, **VIEWS), folder=tmp_path/'a', **RECIPE)
 
 
 class Sick(Tiny):
@@ -121,11 +130,11 @@ class Sick(Tiny):
 @pytest.mark.parametrize('how,names', [('loss', 'loss_count is nan at iteration 6'), ('gradient', 'the gradient is (nan|inf) at iteration 6')])
 def test_what_is_not_finite_stops_with_the_last_good_checkpoint(data, tmp_path, how, names):
     sick = Sick(); sick.how = how
-    with pytest.raises(FloatingPointError, match=names): fit(sick, Batches(data, **VIEWS), folder=tmp_path, **RECIPE)
+    with pytest.raises(FloatingPointError, match=names): run(sick, made(data, **VIEWS), folder=tmp_path, **RECIPE)
     kept = torch.load(tmp_path/'checkpoint.pt', weights_only=True)
     assert kept['next'] == 4 and all(v.isfinite().all() for v in kept['model'].values())
     with pytest.raises(FloatingPointError, match='no checkpoint yet'):
-        sick = Sick(); sick.at = 1; fit(sick, Batches(data, **VIEWS), folder=tmp_path/'b', **RECIPE)
+        sick = Sick(); sick.at = 1; run(sick, made(data, **VIEWS), folder=tmp_path/'b', **RECIPE)
 
 
 def test_clip_rules_are_their_formulas():
@@ -136,18 +145,18 @@ def test_clip_rules_are_their_formulas():
         ps[3].grad.zero_()
         given = [p.grad.clone() for p in ps[:4]]
         total = math.sqrt(sum(float((g**2).sum()) for g in given))
-        assert abs(float(clip_gradients(ps, clip=rule, clip_value=.5)) - total) < 1e-4
+        assert abs(float(clip_gradients(ps, clip_type=rule, clip_value=.5)) - total) < 1e-4
         for p, g in zip(ps, given):
             norm = {'parameter': float(g.norm()), 'global': total, None: 0}[rule]
             assert torch.allclose(p.grad, g * min(1, .5 / (norm + 1e-6)), atol=1e-6)
         assert ps[4].grad is None
-    with pytest.raises(ValueError, match="'sum'"): clip_gradients(ps, clip='sum', clip_value=1.)
+    with pytest.raises(ValueError, match="'sum'"): clip_gradients(ps, clip_type='sum', clip_value=1.)
 
 
 def pair(folder, dataset, recipe, kind=Batches):
     "The work of one run, to be done here or in other processes: the network is made once and handed over."
     model = Tiny('gn', chance=False)
-    return model, functools.partial(fit, model, kind(dataset, **VIEWS), folder=folder, **recipe)
+    return model, functools.partial(run, model, made(dataset, kind, **VIEWS), folder=folder, **recipe)
 
 def test_two_parts_give_the_losses_of_one(data, tmp_path):
     recipe = {**RECIPE, 'log_every': 1, 'n_iters': 6}
@@ -158,7 +167,7 @@ def test_two_parts_give_the_losses_of_one(data, tmp_path):
 
 NETWORK = dict(depth=18, width=8, n_blocks=[1, 1, 1, 1], stem_kernel=3, stem_pool=False, norm='SyncBN', fpn_norm='GN', fpn_first=3, fpn_channels=16, anchor_sizes=[8, 12, 16, 24], n_things=3, n_stuff=3, rpn_pre_train=60,
                rpn_post_train=30, rpn_batch=32, roi_batch=16, canonical_size=56, sampling_ratio=2, fc_dim=16, mask_pool=6, mask_dim=8, n_mask_convs=1, sem_dim=8, droploss=.01)
-SQUARE = {**VIEWS, 'short_sides': [40], 'max_size': 40, 'colour': (0, 0, 0, 0), 'flip': 0.}
+SQUARE = {**VIEWS, 'short_sides': [40], 'max_size': 40, 'colour_jitter': (0, 0, 0, 0), 'flip': 0.}
 
 @pytest.fixture
 def squares(data, tmp_path):
@@ -180,7 +189,7 @@ def network(seed=1):
 def test_two_processes_give_the_networks_losses_of_one(squares, tmp_path):
     recipe = {**RECIPE, 'log_every': 1, 'n_iters': 3, 'lr': 1e-3}
     nets = [network(), network()]
-    works = [functools.partial(fit, net, Batches(squares, **SQUARE), folder=tmp_path/str(i), **recipe) for i, net in enumerate(nets)]
+    works = [functools.partial(run, net, made(squares, **SQUARE), folder=tmp_path/str(i), **recipe) for i, net in enumerate(nets)]
     one, two = works[0](), launch(works[1], 2)
     assert not (tmp_path/'1'/'checkpoint.previous.pt').exists()           # what the processes trained is what came back
     assert len(one) == len(two) == 3 and len(one[0]) == 13
@@ -194,17 +203,17 @@ def test_two_processes_give_the_networks_losses_of_one(squares, tmp_path):
 
 def test_two_processes_in_bfloat16(squares, tmp_path):
     recipe = {**RECIPE, 'log_every': 1, 'n_iters': 1, 'lr': 1e-3, 'amp': 'bf16'}
-    one, two = (launch(functools.partial(fit, network(), Batches(squares, **SQUARE), folder=tmp_path/str(n), **recipe), n)[0] for n in (1, 2))
+    one, two = (launch(functools.partial(run, network(), made(squares, **SQUARE), folder=tmp_path/str(n), **recipe), n)[0] for n in (1, 2))
     for k in ('loss_rpn_cls', 'loss_rpn_loc', 'loss_sem_seg'): assert abs(one[k] - two[k]) < 2e-3 * one[k], (k, one[k], two[k])   # of the others, rounding chooses the regions
 
 
 def test_the_network_killed_at_ten_random_steps(squares, tmp_path):
-    recipe = {**RECIPE, 'n_iters': 24, 'checkpoint_every': 2, 'lr': 1e-3, 'optimizer': 'adamw', 'ema': .9}
-    whole = network(); fit(whole, Batches(squares, **{**SQUARE, 'batch_size': 2}), folder=tmp_path/'whole', **recipe)
+    recipe = {**RECIPE, 'n_iters': 24, 'checkpoint_period': 2, 'lr': 1e-3, 'optimizer': 'adamw', 'ema_decay': .9}
+    whole = network(); run(whole, made(squares, **{**SQUARE, 'batch_size': 2}), folder=tmp_path/'whole', **recipe)
     for at in sorted(np.random.default_rng(7).choice(24, 10, replace=False).tolist()):
-        broken = Broken(squares, **{**SQUARE, 'batch_size': 2}); broken.at, broken.how = at, 'error'
-        with pytest.raises(KeyError): fit(network(), broken, folder=tmp_path/'cut', **recipe)
-    last = network(); fit(last, Batches(squares, **{**SQUARE, 'batch_size': 2}), folder=tmp_path/'cut', **recipe)
+        broken = made(squares, Broken, **{**SQUARE, 'batch_size': 2}); broken.at, broken.how = at, 'error'
+        with pytest.raises(KeyError): run(network(), broken, folder=tmp_path/'cut', **recipe)
+    last = network(); run(last, made(squares, **{**SQUARE, 'batch_size': 2}), folder=tmp_path/'cut', **recipe)
     assert equal(whole, last) and (tmp_path/'cut'/'log.csv').read_bytes() == (tmp_path/'whole'/'log.csv').read_bytes()
 
 
@@ -220,7 +229,7 @@ class StopsParent(Batches):
         return super().part(i, rank, world)
 
 def test_stopped_processes_resume(data, tmp_path):
-    recipe = {**RECIPE, 'n_iters': 6, 'checkpoint_every': 100}
+    recipe = {**RECIPE, 'n_iters': 6, 'checkpoint_period': 100}
     with pytest.raises(SystemExit): launch(pair(tmp_path/'two', data, recipe, StopsParent)[1], 2)
     assert torch.load(tmp_path/'two'/'checkpoint.pt', weights_only=True)['next'] == 4       # the iteration in hand was finished and kept
     one, two = (pair(tmp_path/d, data, recipe)[1]() for d in ('one', 'two'))          # going on with another number of processes
@@ -229,10 +238,10 @@ def test_stopped_processes_resume(data, tmp_path):
 
 
 def test_slices_of_a_batch_are_the_batch(data):
-    for paste in ('none', 'plain', 'semantic'):
-        b = Batches(data, **{**VIEWS, 'paste': paste})
+    for copy_paste in ('none', 'plain', 'semantic'):
+        b = made(data, **{**VIEWS, 'copy_paste': copy_paste})
         for i in (0, 5, 40):
-            whole, halves = b[i], [Batches(data, **{**VIEWS, 'paste': paste}).part(i, r, 2) for r in range(2)]
+            whole, halves = b[i], [made(data, **{**VIEWS, 'copy_paste': copy_paste}).part(i, r, 2) for r in range(2)]
             images, targets = halves[0][0] + halves[1][0], halves[0][1] + halves[1][1]
             assert all(torch.equal(x, y) for x, y in zip(whole[0], images))
             assert all(torch.equal(torch.as_tensor(x[k]), torch.as_tensor(y[k])) for x, y in zip(whole[1], targets) for k in x)
@@ -240,7 +249,7 @@ def test_slices_of_a_batch_are_the_batch(data):
 
 def test_places_of_a_batch_are_drawn_apart(data):
     one = PseudoLabels(data.root, dict(images=data.images[:1], annotations=[], categories=[]))
-    images, targets, _ = Batches(one, **{**VIEWS, 'batch_size': 8, 'paste': 'none', 'colour': (.5, 0, 0, 0)})[0]
+    images, targets, _ = made(one, **{**VIEWS, 'batch_size': 8, 'copy_paste': 'none', 'colour_jitter': (.5, 0, 0, 0)})[0]
     assert len({tuple(im.flatten()[:50].tolist()) for im in images}) == 8 == len({t['seed'] for t in targets})
 
 
@@ -261,7 +270,7 @@ def test_every_epoch_shows_every_picture_once():
 
 
 def test_semantic_partners_share_a_category(data):
-    b, plain = Batches(data, **{**VIEWS, 'paste': 'semantic', 'paste_rate': 1.}), Batches(data, **{**VIEWS, 'paste': 'none'})
+    b, plain = made(data, **{**VIEWS, 'copy_paste': 'semantic', 'paste_rate': 1.}), made(data, **{**VIEWS, 'copy_paste': 'none'})
     more = 0
     for i in range(12):
         for t, u in zip(b[i][1], plain[i][1]):
@@ -284,10 +293,10 @@ def test_targets_are_the_files(data):
 def test_an_unreadable_picture_is_named_and_replaced(data, tmp_path):
     (tmp_path/'4.png').write_bytes(b'no image')
     fresh = PseudoLabels(tmp_path, dict(images=data.images, annotations=[], categories=[dict(id=1)]), tmp_path/'stuff')
-    names = [n for i in range(6) for n in Batches(fresh, **VIEWS)[i][2]]
+    names = [n for i in range(6) for n in made(fresh, **VIEWS)[i][2]]
     assert names and all('4.png' in n for n in names)
     for i in range(1, 12): (tmp_path/f'{i}.png').write_bytes(b'')
-    with pytest.raises(ValueError, match='no picture can be read'): Batches(PseudoLabels(tmp_path, dict(images=data.images, annotations=[], categories=[])), **VIEWS)[0]
+    with pytest.raises(ValueError, match='no picture can be read'): made(PseudoLabels(tmp_path, dict(images=data.images, annotations=[], categories=[])), **VIEWS)[0]
 
 
 def test_labels_of_another_size_are_refused(data, tmp_path):
@@ -296,24 +305,25 @@ def test_labels_of_another_size_are_refused(data, tmp_path):
     with pytest.raises(ValueError, match='no picture'): PseudoLabels(tmp_path, dict(images=data.images, annotations=[], categories=[]), skip_empty=True)
 
 
-@pytest.mark.parametrize('bad,match', [(dict(paste='mixup'), 'mixup'), (dict(batch_size=0), 'at least 1')])
+@pytest.mark.parametrize('bad,match', [(dict(copy_paste='mixup'), 'mixup'), (dict(batch_size=0), 'at least 1')])
 def test_batches_refuse(data, bad, match):
-    with pytest.raises(ValueError, match=match): Batches(data, **{**VIEWS, **bad})
+    with pytest.raises(ValueError, match=match): made(data, **{**VIEWS, **bad})
 
-@pytest.mark.parametrize('bad,match', [(dict(schedule='poly'), 'poly'), (dict(optimizer='lion'), 'lion'), (dict(amp='int8'), 'int8'), (dict(clip='value'), 'value'), (dict(accumulate=3), '3 processes times')])
+@pytest.mark.parametrize('bad,match', [(dict(schedule='poly'), 'poly'), (dict(optimizer='lion'), 'lion'), (dict(amp='int8'), 'int8'), (dict(clip_type='value'), 'value'), (dict(accumulate=3), 'accumulate 3')])
 def test_fit_refuses(data, tmp_path, bad, match):
-    with pytest.raises(ValueError, match=match): fit(Tiny(), Batches(data, **VIEWS), folder=tmp_path, **{**RECIPE, **bad})
+    with pytest.raises(ValueError, match=match): run(Tiny(), made(data, **VIEWS), folder=tmp_path, **{**RECIPE, **bad})
 
 
 def test_schedules_are_those_of_detectron2():
-    base = dict(n_iters=100, warmup=10, warmup_factor=.01, gamma=.1, steps=[50, 80], flat=.25)
+    rest = {k: v for k, v in RECIPE.items() if k not in ('log_every', 'schedule')}
+    base = rest | dict(batch_size=4, n_iters=100, warmup_iters=10, warmup_factor=.01, gamma=.1, milestones=[50, 80], flat_fraction=.25)
     for i in range(101):
         warm = 1 if i >= 10 else .01 * (1 - i / 10) + i / 10
-        assert math.isclose(lr_factor(i, schedule='step', **base), warm * .1 ** ((i >= 50) + (i >= 80)))
-        assert math.isclose(lr_factor(i, schedule='constant', **base), warm)
+        assert math.isclose(lr_factor(i, Solver(**base, schedule='step')), warm * .1 ** ((i >= 50) + (i >= 80)))
+        assert math.isclose(lr_factor(i, Solver(**base, schedule='constant')), warm)
         wave = 1 if i <= 25 else .5 * (1 + math.cos(math.pi * (i - 25) / 75))
-        assert math.isclose(lr_factor(i, schedule='cosine', **base), warm * wave, abs_tol=1e-12)
-    assert lr_factor(0, **{**base, 'warmup': 0}, schedule='constant') == 1
+        assert math.isclose(lr_factor(i, Solver(**base, schedule='cosine')), warm * wave, abs_tol=1e-12)
+    assert lr_factor(0, Solver(**{**base, 'warmup_iters': 0}, schedule='constant')) == 1
 
 
 def test_every_parameter_is_in_one_group():
@@ -328,7 +338,7 @@ def test_every_parameter_is_in_one_group():
 def test_multiplier_and_loss_weights_act(data, tmp_path):
     first, steps = Tiny().state_dict(), {}
     for name, over in (('plain', {}), ('fast', dict(cls_lr_multiplier=3.)), ('heavy', dict(cls_lr_multiplier=1., loss_weights={'loss_sem': 2.}))):
-        model = Tiny(); row, = fit(model, Batches(data, **VIEWS), folder=tmp_path/name, **{**RECIPE, 'cls_lr_multiplier': 1., 'n_iters': 1, 'clip': None, 'warmup': 0, 'weight_decay': 0., **over})
+        model = Tiny(); row, = run(model, made(data, **VIEWS), folder=tmp_path/name, **{**RECIPE, 'cls_lr_multiplier': 1., 'n_iters': 1, 'clip_type': None, 'warmup_iters': 0, 'weight_decay': 0., **over})
         steps[name] = {k: v - first[k] for k, v in model.state_dict().items()}, row
     plain, fast, heavy = (steps[k][0] for k in ('plain', 'fast', 'heavy'))
     assert torch.allclose(fast['cls_score.weight'], 3 * plain['cls_score.weight'], atol=1e-6) and torch.allclose(fast['body.0.weight'], plain['body.0.weight'])
@@ -341,8 +351,8 @@ def test_the_average_is_the_average(data, tmp_path):
     class Watched(Tiny):
         def forward(self, images, targets): seen.append(self.body[0].weight.detach().clone()); return super().forward(images, targets)
     model = Watched(); first = model.body[0].weight.detach().clone()
-    fit(model, Batches(data, **VIEWS), folder=tmp_path, **{**RECIPE, 'ema': .8})
-    fit(last := Tiny(), Batches(data, **VIEWS), folder=tmp_path/'raw', **RECIPE)
+    run(model, made(data, **VIEWS), folder=tmp_path, **{**RECIPE, 'ema_decay': .8})
+    run(last := Tiny(), made(data, **VIEWS), folder=tmp_path/'raw', **RECIPE)
     mean = first
     for n, w in enumerate(seen[1:] + [last.body[0].weight.detach()], 1):
         d = min(.8, (1 + n) / (10 + n)); mean = d * mean + (1 - d) * w
@@ -371,11 +381,11 @@ class FakeBoard:
 
 def test_tensorboard_gets_the_rows_of_the_log(data, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', types.SimpleNamespace(SummaryWriter=FakeBoard))
-    rows = fit(Tiny(), Batches(data, **VIEWS), folder=tmp_path, **RECIPE)
+    rows = run(Tiny(), made(data, **VIEWS), folder=tmp_path, **RECIPE)
     want = [(str(tmp_path/'tensorboard'), k, v, r['iteration']) for r in rows for k, v in r.items() if k != 'iteration'] + ['closed']
     assert FakeBoard.seen == want and len(rows) == 5
     monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', None)      # not installed: the same training
-    other = fit(Tiny(), Batches(data, **VIEWS), folder=tmp_path/'without', **RECIPE)
+    other = run(Tiny(), made(data, **VIEWS), folder=tmp_path/'without', **RECIPE)
     assert other == rows and len(FakeBoard.seen) == len(want)
 
 
@@ -387,7 +397,7 @@ def test_self_training_labels_by_hand():
     images = [dict(id=i, file_name=f'{i}.png', width=12, height=12) for i in range(1, 30)]
     old = instances_json(images, [note(i, 1.) for i in range(1, 30) for _ in range(rng.integers(0, 3))], [dict(id=1, name='fg')])
     new = [note(i, float(rng.random())) for i in range(1, 35) for _ in range(rng.integers(0, 3))]
-    got = self_training_labels(old, new, min_score=.7)
+    got = self_training_labels(old, new, score_threshold=.7)
     want = []
     for i in range(1, 30):
         sure = [d for d in new if d['image_id'] == i and d['score'] >= .7]
@@ -415,17 +425,17 @@ class Finder(nn.Module):
 def test_detections_become_annotations_and_resume(data, tmp_path):
     images = [dict(id=im['id'], file_name=im['file_name']) for im in data.images] + [dict(id=99, file_name='absent.png')]
     options = dict(n_max=5, batch_size=4, short=10, max_size=30, folder=tmp_path/'shards', category_ids=[2, 5, 9])
-    sized, notes, skipped = detect(Finder(), tmp_path, images, min_score=.5, **options)
+    sized, notes, skipped = detect(Finder(), tmp_path, images, score_threshold=.5, **options)
     assert [im['id'] for im in sized] == list(range(1, 12)) and [s['file_name'] for s in skipped] == ['absent.png']
     assert len(notes) == 11 and all(a['category_id'] == 9 and a['score'] == .6 for a in notes)
     assert (sized[2]['width'], sized[2]['height']) == (20, 28)
     assert decode_rle(notes[0]['segmentation']).sum() == 20 * 3
-    assert len(detect(Finder(), tmp_path, images, min_score=.1, **options)[1]) == 22
-    assert len(detect(Finder(), tmp_path, images, min_score=.1, **{**options, 'n_max': 1})[1]) == 0   # the best one is empty
+    assert len(detect(Finder(), tmp_path, images, score_threshold=.1, **options)[1]) == 22
+    assert len(detect(Finder(), tmp_path, images, score_threshold=.1, **{**options, 'n_max': 1})[1]) == 0   # the best one is empty
     done = Finder(); done.forward = None                                                              # all from shard files
-    assert detect(done, tmp_path, images, min_score=.5, **options)[1] == notes
+    assert detect(done, tmp_path, images, score_threshold=.5, **options)[1] == notes
     for name, h in ((images[0]['file_name'], 30), ('absent.png', 20)): write_png(tmp_path/name, np.zeros((h, 20, 3), np.uint8))   # one replaced, one that was missing
-    sized, notes, skipped = detect(Finder(), tmp_path, images, min_score=.5, **options)
+    sized, notes, skipped = detect(Finder(), tmp_path, images, score_threshold=.5, **options)
     assert (sized[0]['width'], sized[0]['height'], len(sized), skipped) == (20, 30, 12, [])
 
 

@@ -165,10 +165,10 @@ def _repair(x, labels, distances, sums, metric):
         labels[i], sums[j], counts[j], distances[i] = j, row, 1, 0
     return counts
 
-def _lloyd(x, centroids, n_iter, metric):
-    "Lloyd's iterations to a fixed point, at most `n_iter`: centroids, labels, squared distances."
+def _lloyd(x, centroids, n_iters, metric):
+    "Lloyd's iterations to a fixed point, at most `n_iters`: centroids, labels, squared distances."
     index, before = _index(x.shape[1], metric), None
-    for _ in range(n_iter):
+    for _ in range(n_iters):
         sums = np.zeros(centroids.shape)
         labels, distances = _nearest(x, centroids, metric, index, sums)
         counts = _repair(x, labels, distances, sums, metric)
@@ -180,21 +180,21 @@ def _lloyd(x, centroids, n_iter, metric):
 # %% ../nbs/40_cluster.ipynb #kmeans
 def kmeans(x:np.ndarray,           # float [n, d]; may be a memory map
            k:int,                  # clusters
-           *, seed:int, n_iter:int=100, # at most; it stops where nothing changes
+           *, seed:int, n_iters:int=100, # at most; it stops where nothing changes
            init:str|np.ndarray='random', # 'random' (the paper), 'k-means++', or centroids [k, d]
            n_init:int=1,           # starts; the one with the least inertia wins
            metric:str='euclidean', # squared Euclidean, or 'cosine' (spherical k-means)
            )->tuple[np.ndarray, np.ndarray]: # centroids float32 [k, d], labels int64 [n]
-    "Lloyd's k-means; the assignment is faiss's, on CPU or all GPUs. No cluster ends empty while rows differ, unless `n_iter` cuts it short."
+    "Lloyd's k-means; the assignment is faiss's, on CPU or all GPUs. No cluster ends empty while rows differ, unless `n_iters` cuts it short."
     x = x.cpu().numpy() if isinstance(x, Tensor) else x
     _check_rows(x, metric)
     if not 1 <= k <= len(x): raise ValueError(f'k must lie in 1 ... {len(x)}, the number of rows, got {k}')
-    if n_iter < 1 or n_init < 1: raise ValueError(f'n_iter and n_init must be at least 1, got {n_iter} and {n_init}')
+    if n_iters < 1 or n_init < 1: raise ValueError(f'n_iters and n_init must be at least 1, got {n_iters} and {n_init}')
     if isinstance(init, str) and init not in INITS: raise ValueError(f'init must be one of {", ".join(INITS)} or centroids, got {init!r}')
     if not isinstance(init, str):
         if init.shape != (k, x.shape[1]): raise ValueError(f'init must be [{k}, {x.shape[1]}], got {list(init.shape)}')
-        return _lloyd(x, np.ascontiguousarray(init, np.float32), n_iter, metric)[:2]
-    runs = (_lloyd(x, _start(x, k, init, np.random.default_rng([seed, r]), metric), n_iter, metric) for r in range(n_init))
+        return _lloyd(x, np.ascontiguousarray(init, np.float32), n_iters, metric)[:2]
+    runs = (_lloyd(x, _start(x, k, init, np.random.default_rng([seed, r]), metric), n_iters, metric) for r in range(n_init))
     return min(runs, key=lambda run: run[2].sum(dtype=np.float64))[:2]
 
 # %% ../nbs/40_cluster.ipynb #fit_pca
@@ -247,11 +247,11 @@ def fit_clusters(x:np.ndarray,  # float [n, d], embeddings
                  recipe:dict,   # embedding, crop_size, margin, shape, fill_background: how they were made
                  *, k:int, l2:bool, # unit length before (and after) the PCA
                  pca:int,       # components; 0: none
-                 whiten:bool, metric:str, n_iter:int, init:str, n_init:int, seed:int, # as in `fit_pca` and `kmeans`
+                 whiten:bool, metric:str, n_iters:int, init:str, n_init:int, seed:int, # as in `fit_pca` and `kmeans`
                  )->tuple[Clusters, np.ndarray]: # the clusters; labels int64 [n]
     "Cluster embeddings."
     mean, components = fit_pca(project(x, l2=l2), pca, whiten=whiten) if pca else (None, None)
-    centroids, labels = kmeans(project(x, l2=l2, mean=mean, components=components), k, seed=seed, n_iter=n_iter, init=init, n_init=n_init, metric=metric)
+    centroids, labels = kmeans(project(x, l2=l2, mean=mean, components=components), k, seed=seed, n_iters=n_iters, init=init, n_init=n_init, metric=metric)
     return Clusters(centroids, dict(recipe, l2=l2, metric=metric), mean, components), labels
 
 # %% ../nbs/40_cluster.ipynb #most_central

@@ -139,9 +139,9 @@ def boxed(annotations:list[dict])->list[dict]:
 
 def merged(instances:list[dict],  # of one image, category_id = cluster + 1
            semantic:np.ndarray,   # uint8 [H, W], stuff cluster 0 ... S - 1 of each pixel
-           *, n_clusters:int, max_cover:float, min_score:float)->dict: # a record
+           *, n_clusters:int, max_cover:float, score_threshold:float)->dict: # a record
     "The record of instances and a stuff map put together."
-    ids, segments = merge(instances, semantic, n_clusters=n_clusters, max_cover=max_cover, min_score=min_score)
+    ids, segments = merge(instances, semantic, n_clusters=n_clusters, max_cover=max_cover, score_threshold=score_threshold)
     under = (semantic + 1).astype(np.uint8)
     return Packed(dict(instances=boxed(instances), stuff=under, under=under, ids=ids.astype(np.uint16), segments=segments))
 
@@ -348,8 +348,8 @@ def baseline_rows(masks:list[dict],      # of MaskCut, category_id = cluster + 1
     for kind, found in dict(masks=masks, detections=detections).items():
         for a in boxed(found): of[kind][a['image_id']].append(a)
     knobs = dict(n_clusters=n_clusters, max_cover=max_cover)
-    together = {i: merged(of['detections'][i], m, min_score=combine_score, **knobs) for i, m in maps.items()}
-    return {'MaskCut + clusters': {i: merged(of['masks'][i], m, min_score=0., **knobs) for i, m in maps.items()},
+    together = {i: merged(of['detections'][i], m, score_threshold=combine_score, **knobs) for i, m in maps.items()}
+    return {'MaskCut + clusters': {i: merged(of['masks'][i], m, score_threshold=0., **knobs) for i, m in maps.items()},
             'CutLER+': {i: dict(instances=of['detections'][i]) for i in maps},
             'STEGO': {i: Packed(dict(stuff=(m + 1).astype(np.uint8))) for i, m in maps.items()},
             'CutLER+STEGO': {i: Packed({'voters' if k == 'instances' else k: v for k, v in r.items()}) for i, r in together.items()}}

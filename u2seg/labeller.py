@@ -78,12 +78,12 @@ def cluster_cosines(code:Tensor, clusters:Tensor)->Tensor: # [b, k, h, w]
 
 # %% ../nbs/49_labeller.ipynb #spherical_kmeans
 def spherical_kmeans(x:Tensor, # [n, d]
-                     k:int, *, seed:int, n_iter:int=30, n_starts:int=8, max_points:int=200_000)->Tensor: # [k, d] unit rows
+                     k:int, *, seed:int, n_iters:int=30, n_starts:int=8, max_points:int=200_000)->Tensor: # [k, d] unit rows
     "k directions that maximise the mean cosine to the nearest one (faiss); at most `max_points` rows, drawn by `seed`, are used."
     if len(x) < k: raise ValueError(f'{k} clusters need {k} points or more, got {len(x)}')
     if len(x) > max_points: x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:max_points].to(x.device)]
     x = np.ascontiguousarray(F.normalize(x.float(), dim=1).cpu().numpy())
-    km = faiss.Kmeans(x.shape[1], k, niter=n_iter, nredo=n_starts, spherical=True, seed=seed, min_points_per_centroid=1, max_points_per_centroid=max_points)
+    km = faiss.Kmeans(x.shape[1], k, niter=n_iters, nredo=n_starts, spherical=True, seed=seed, min_points_per_centroid=1, max_points_per_centroid=max_points)
     km.train(x)
     return torch.from_numpy(km.centroids.copy())
 

@@ -79,13 +79,13 @@ def merge(instances:list[dict],      # {category_id: 1 ... n_clusters, segmentat
           *, n_clusters:int,         # categories of things: stuff cluster s becomes n_clusters + 1 + s
           max_cover:float=.7,        # a stuff cluster with a larger share under instances is dropped (`rule='release'`)
           rule:str='release',        # 'release' | 'paper' (eq. 5: no stuff is dropped)
-          min_score:float=0.,        # instances below are left out; no score counts as 1
+          score_threshold:float=0.,        # instances below are left out; no score counts as 1
           min_area:int=1,            # stuff segments of fewer pixels are left void
           )->tuple[np.ndarray, list[dict]]: # ids int32 [H, W], 0 = void; segments_info [{id, category_id, iscrowd, area, bbox}]
     "Merge the instances and the stuff map of one image into a panoptic map (eq. 5 and the released rule)."
     if rule not in ('release', 'paper'): raise ValueError(f"rule must be 'release' or 'paper', got {rule!r}")
     if semantic.ndim != 2 or semantic.dtype != np.uint8: raise ValueError(f'semantic must be uint8 [H, W], got {semantic.dtype} {list(semantic.shape)}')
-    instances = [a for a in instances if a.get('score', 1.) >= min_score]
+    instances = [a for a in instances if a.get('score', 1.) >= score_threshold]
     wrong = [a['category_id'] for a in instances if not 1 <= a['category_id'] <= n_clusters]
     if wrong: raise ValueError(f'category_id of an instance must lie in 1 ... {n_clusters}, got {wrong[0]}')
     instances, canvas = _paint(instances, semantic.shape)
@@ -135,21 +135,21 @@ def categories(n_clusters:int, n_stuff:int)->list[dict]:
 def write_labels(instances:dict,          # COCO instances, category_id = cluster + 1, images with width and height
                  semantic_dir:str|Path,   # uint8 index maps, '%012d.png' by image id
                  folder:str|Path,         # the label set is written here
-                 *, n_stuff:int, max_cover:float, rule:str, keep_empty:bool, min_score:float, min_area:int,
+                 *, n_stuff:int, max_cover:float, rule:str, keep_empty:bool, score_threshold:float, min_area:int,
                  work_folder:str|Path,    # scratch, for resuming
                  )->dict:                 # counts
     "Merge every image and write panoptic.json, panoptic/, instances.json and stuff/; images without a stuff map are skipped and reported."
     n_clusters = max(c['id'] for c in instances['categories'])
     anns = by_image(instances)
-    knobs = dict(n_clusters=n_clusters, max_cover=max_cover, rule=rule, min_score=min_score, min_area=min_area)
+    knobs = dict(n_clusters=n_clusters, max_cover=max_cover, rule=rule, score_threshold=score_threshold, min_area=min_area)
     maps = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in Path(semantic_dir).glob('*.png'))   # other maps start anew
     tag = hashlib.sha256(json.dumps([knobs, instances['annotations'], maps], sort_keys=True).encode()).hexdigest()[:16]
     work_folder = Path(work_folder)/tag
     def load(image): return image, read_semantic(Path(semantic_dir)/f"{image['id']:012d}.png")
     def work(loaded): return [_write_one(image, anns[image['id']], semantic, work_folder, knobs) for image, semantic in loaded]
-    items = [im for im in instances['images'] if keep_empty or any(a.get('score', 1.) >= min_score for a in anns[im['id']])]
+    items = [im for im in instances['images'] if keep_empty or any(a.get('score', 1.) >= score_threshold for a in anns[im['id']])]
     records, skipped = sharded(items, load, work, work_folder, key=knobs, desc='merge')
-    return _write_set(instances, records, skipped, Path(folder), work_folder, n_clusters, n_stuff, min_score)
+    return _write_set(instances, records, skipped, Path(folder), work_folder, n_clusters, n_stuff, score_threshold)
 
 # %% ../nbs/60_panoptic.ipynb #write_one
 def _write_one(image:dict, instances:list[dict], semantic:np.ndarray, folder:Path, knobs:dict)->dict: # the image's entry in panoptic.json
@@ -159,10 +159,10 @@ def _write_one(image:dict, instances:list[dict], semantic:np.ndarray, folder:Pat
     write_png(folder/'stuff'/name, stuff_map(ids, segments, n_clusters=knobs['n_clusters']))
     return dict(image_id=image['id'], file_name=name, segments_info=segments, n_instances=len(instances), void=int((ids == 0).sum()), height=ids.shape[0], width=ids.shape[1])
 
-def _write_set(instances, records, skipped, folder, work_folder, n_clusters, n_stuff, min_score)->dict:
+def _write_set(instances, records, skipped, folder, work_folder, n_clusters, n_stuff, score_threshold)->dict:
     sizes = {r['image_id']: dict(height=r.pop('height'), width=r.pop('width')) for r in records}
     images = [im | sizes[im['id']] for im in instances['images'] if im['id'] in sizes]
-    kept = [a for a in instances['annotations'] if a['image_id'] in sizes and a.get('score', 1.) >= min_score]
+    kept = [a for a in instances['annotations'] if a['image_id'] in sizes and a.get('score', 1.) >= score_threshold]
     n_void, n_given = sum(r.pop('void') for r in records), sum(r.pop('n_instances') for r in records)
     cats = categories(n_clusters, n_stuff)
     names = [r['file_name'] for r in records]

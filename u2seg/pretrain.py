@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['YIQ', 'N_LAYERS', 'LOG_EVERY', 'drawn', 'loaded', 'uniform', 'mirror', 'box', 'random_box', 'calm_corner', 'cut',
            'recolour', 'blobs', 'some', 'compose', 'composed_views', 'image_views', 'Pretrainer', 'scheduled',
-           'save_state', 'load_state', 'fit']
+           'save_state', 'load_state', 'fit', 'check_options']
 
 # %% ../nbs/11_pretrain.ipynb #imports
 import copy, io, math
@@ -26,15 +26,15 @@ from .scenes import draw_images
 
 # %% ../nbs/11_pretrain.ipynb #drawn
 def drawn(path:str|Path,   # .npy, written once, mapped afterwards
-          *, n_pictures:int, size:int, seed:int,
-          n_workers:int=1, # processes
+          *, n_images:int, size:int, seed:int,
+          n_procs:int=1, # processes
           )->np.ndarray:   # uint8 [n, size, size, 3]
     "Object-centric pictures, never those of train or val."
     path = Path(path)
-    if path.exists() and (found := np.load(path, mmap_mode='r')).shape == (n_pictures, size, size, 3): return found
+    if path.exists() and (found := np.load(path, mmap_mode='r')).shape == (n_images, size, size, 3): return found
     path.parent.mkdir(parents=True, exist_ok=True)
     memory = io.BytesIO()
-    np.save(memory, draw_images(seed, n_pictures, 'objects', n_workers, size=size))
+    np.save(memory, draw_images(seed, n_images, 'objects', n_procs, size=size))
     write_atomic(path, memory.getbuffer())
     return np.load(path, mmap_mode='r')
 
@@ -196,9 +196,9 @@ class Pretrainer(nn.Module):
         for a, w in zip(self.average.buffers(), self.vit.buffers()): a.copy_(w)
 
 # %% ../nbs/11_pretrain.ipynb #scheduled
-def scheduled(step:int, n_steps:int, *, lr:float, n_warmup:int, momentum:float)->tuple[float, float]: # learning rate, momentum of the average
+def scheduled(step:int, n_iters:int, *, lr:float, warmup_iters:int, ema_decay:float)->tuple[float, float]: # learning rate, momentum of the average
     "Warm-up and cosine to zero; the average begins as a mean of the first steps."
-    return lr*min(1, (step + 1)/n_warmup)*(.5 + .5*math.cos(math.pi*step/n_steps)), min(momentum, 1 - 1/(step/4 + 1))
+    return lr*min(1, (step + 1)/warmup_iters)*(.5 + .5*math.cos(math.pi*step/n_iters)), min(ema_decay, 1 - 1/(step/4 + 1))
 
 # %% ../nbs/11_pretrain.ipynb #state
 def save_state(path:Path, settings:dict, learner:nn.Module, optimizer:torch.optim.Optimizer, generator:torch.Generator, step:int, log:list[dict]):
@@ -223,11 +223,11 @@ LOG_EVERY = 20
 def fit(pictures:np.ndarray, # uint8 [n, S, S, 3]
         folder:str|Path,     # state.pt lives here
         *, model:dict,       # what `build_vit` builds
-        n_steps:int,
+        n_iters:int,
         n_composed:int, composed_size:int, n_patches:int, # compositions a step, pixels of their views, patches sampled in each
-        n_images:int, image_size:int,  # plain pictures a step, pixels of their views
+        n_plain:int, image_size:int,  # plain pictures a step, pixels of their views
         patch_weight:float, image_weight:float, patch_temperature:float, image_temperature:float,
-        lr:float, weight_decay:float, n_warmup:int, momentum:float,
+        lr:float, weight_decay:float, warmup_iters:int, ema_decay:float,
         bf16:bool, seed:int, device:str='cpu', save_every:int=200,
         )->tuple[VisionTransformer, list[dict]]: # averaged weights; a row of the log every `LOG_EVERY` steps
     "Train from scratch without labels; the same seed and threads give the same weights, across a kill too."
@@ -240,11 +240,11 @@ def fit(pictures:np.ndarray, # uint8 [n, S, S, 3]
     optimizer, generator = torch.optim.AdamW(weights, lr=lr, weight_decay=weight_decay), torch.Generator().manual_seed(seed + 1)
     state, recent = Path(folder)/'state.pt', []
     first, log = load_state(state, settings, learner, optimizer, generator)
-    for step in tqdm(range(first, n_steps), initial=first, total=n_steps, desc='pretrain', mininterval=10):
-        rate, follow = scheduled(step, n_steps, lr=lr, n_warmup=n_warmup, momentum=momentum)
+    for step in tqdm(range(first, n_iters), initial=first, total=n_iters, desc='pretrain', mininterval=10):
+        rate, follow = scheduled(step, n_iters, lr=lr, warmup_iters=warmup_iters, ema_decay=ema_decay)
         for group in optimizer.param_groups: group['lr'] = rate
         patch = learner.patch_contrast(*composed_views(pictures, n_composed, generator, size=composed_size, patch_size=patch_size, n_patches=n_patches, device=device))
-        image = learner.image_contrast(image_views(pictures, n_images, generator, size=image_size, device=device))
+        image = learner.image_contrast(image_views(pictures, n_plain, generator, size=image_size, device=device))
         loss = patch*patch_weight + image*image_weight
         if not math.isfinite(loss.item()): raise FloatingPointError(f'loss is {loss.item()} at step {step}; the last good state is kept in {state}')
         optimizer.zero_grad()
@@ -253,9 +253,33 @@ def fit(pictures:np.ndarray, # uint8 [n, S, S, 3]
         optimizer.step()
         learner.follow(follow)
         recent.append([patch.item(), image.item()])
-        if (step + 1) % LOG_EVERY == 0 or step + 1 == n_steps:
+        if (step + 1) % LOG_EVERY == 0 or step + 1 == n_iters:
             patch_loss, image_loss = (round(float(v), 5) for v in np.mean(recent, 0))
             log.append({'step': step + 1, 'patch_loss': patch_loss, 'image_loss': image_loss, 'lr': float(f'{rate:.4g}')})
             recent = []
-        if (step + 1) % save_every == 0 or step + 1 == n_steps: save_state(state, settings, learner, optimizer, generator, step + 1, log)
+        if (step + 1) % save_every == 0 or step + 1 == n_iters: save_state(state, settings, learner, optimizer, generator, step + 1, log)
     return learner.average, log
+
+# %% ../nbs/11_pretrain.ipynb #check_options
+def check_options(*, source:str, interpolation:str, vit:dict, n_iters:dict, n_composed:dict, n_plain:dict, composed_size:int,
+                  image_size:int, n_patches:int, ema_decay:float,
+                  counts:dict,    # whole numbers from 1 on, by name
+                  positive:dict): # numbers above 0, by name
+    "`ValueError` for parameters of the stage that cannot be."
+    for name, value, allowed in ('interpolation', interpolation, ('timm', 'dino')), ('source', source, ('drawn', 'data')):
+        if value not in allowed: raise ValueError(f'{name} must be {allowed[0]!r} or {allowed[1]!r}, got {value!r}')
+    patch_size, stem = vit['patch_size'], vit['stem_channels']
+    if vit['embed_dim'] % vit['num_heads']: raise ValueError(f"vit.embed_dim must be a multiple of vit.num_heads = {vit['num_heads']}, got {vit['embed_dim']}")
+    if stem and patch_size != 2**len(stem): raise ValueError(f'vit.patch_size must be {2**len(stem)} with {len(stem)} stem_channels, got {patch_size}')
+    for name, value in dict(composed_size=composed_size, image_size=image_size).items():
+        if value < 1 or value % patch_size: raise ValueError(f'{name} must be a multiple of vit.patch_size = {patch_size}, got {value}')
+    most = (composed_size//patch_size)**2
+    if not 1 <= n_patches <= most: raise ValueError(f'n_patches must lie in 1 ... {most}, got {n_patches}')
+    for kind, values, least in ('n_composed', n_composed, 2), ('n_plain', n_plain, 2), ('n_iters', n_iters, 1):
+        for run, value in values.items():
+            if value < least: raise ValueError(f'{kind}.{run} must be {least} or more, got {value}')
+    for name, value in counts.items():
+        if value < 1: raise ValueError(f'{name} must be 1 or more, got {value}')
+    for name, value in positive.items():
+        if not value > 0: raise ValueError(f'{name} must be above 0, got {value}')
+    if not 0 <= ema_decay < 1: raise ValueError(f'ema_decay must lie in [0, 1), got {ema_decay}')

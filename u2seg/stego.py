@@ -70,7 +70,7 @@ def _write_log(folder, rows):
 # %% ../nbs/50_stego.ipynb #fit_stego
 def fit_stego(features,                # indexable by view numbers -> [b, d, h, w]: a tensor or `PatchFeatures`
               neighbors:Tensor,        # int64 [n, r], `nearest_images`
-              *, n_classes:int, code_dim:int, dropout:float, n_steps:int, batch_size:int, lr:float, lr_probe:float,
+              *, n_classes:int, code_dim:int, dropout:float, n_iters:int, batch_size:int, lr:float, lr_probe:float,
               w_self:float, w_knn:float, w_rand:float, b_self:float, b_knn:float, b_rand:float, n_points:int, n_random:int, pointwise:bool,
               seed:int, folder:str|Path, # checkpoint.pt and log.csv
               checkpoint_every:int=500, log_every:int=10)->Labeller:
@@ -79,14 +79,14 @@ def fit_stego(features,                # indexable by view numbers -> [b, d, h, 
     first = features[torch.arange(2)]
     labeller = _new_labeller(first.shape[1], n_classes, code_dim, dropout, seed).to(first.device)
     optimizer = torch.optim.Adam([dict(params=labeller.head.parameters(), lr=lr), dict(params=[labeller.clusters], lr=lr_probe)])
-    tag = json.dumps([knobs, n_classes, code_dim, dropout, n_steps, batch_size, lr, lr_probe, seed, len(features), first.float().sum().item(), hashlib.sha256(neighbors.cpu().numpy().tobytes()).hexdigest()])
+    tag = json.dumps([knobs, n_classes, code_dim, dropout, n_iters, batch_size, lr, lr_probe, seed, len(features), first.float().sum().item(), hashlib.sha256(neighbors.cpu().numpy().tobytes()).hexdigest()])
     folder = Path(folder)
     start, rows = _load_checkpoint(folder, tag, labeller, optimizer)
-    for step in tqdm(range(start, n_steps), desc='stego', initial=start, total=n_steps):
+    for step in tqdm(range(start, n_iters), desc='stego', initial=start, total=n_iters):
         losses = _train_step(step, labeller, optimizer, features, neighbors, knobs, seed, batch_size)
         if not np.isfinite(losses['loss']): raise RuntimeError(f'the loss is {losses["loss"]} at step {step}; the last good state is in {folder/"checkpoint.pt"}')
-        if step % log_every == 0 or step == n_steps - 1: rows.append([step, *losses.values()])
-        if (step + 1) % checkpoint_every == 0 or step == n_steps - 1: _save_checkpoint(folder, tag, step + 1, labeller, optimizer, rows)
+        if step % log_every == 0 or step == n_iters - 1: rows.append([step, *losses.values()])
+        if (step + 1) % checkpoint_every == 0 or step == n_iters - 1: _save_checkpoint(folder, tag, step + 1, labeller, optimizer, rows)
     _write_log(folder, rows)
     return labeller.eval().requires_grad_(False)
 
@@ -124,24 +124,24 @@ def fit_kmeans(features, *, n_classes:int, code_dim:int, smooth:int, seed:int)->
     return refit_probe(Labeller(head, torch.zeros(n_classes, min(code_dim, d)).to(x)), features, seed=seed)
 
 # %% ../nbs/50_stego.ipynb #fit_labeller
-def fit_labeller(features, neighbors:Tensor, *, labeller:str, probe:str, smooth:int, n_classes:int, code_dim:int, dropout:float, n_steps:int, batch_size:int, lr:float, lr_probe:float,
+def fit_labeller(features, neighbors:Tensor, *, labeller:str, probe:str, smooth:int, n_classes:int, code_dim:int, dropout:float, n_iters:int, batch_size:int, lr:float, lr_probe:float,
                  w_self:float, w_knn:float, w_rand:float, b_self:float, b_knn:float, b_rand:float, n_points:int, n_random:int, pointwise:bool, seed:int, folder:str|Path)->Labeller:
     "A labeller of the kind that is asked for: 'stego' (probe 'sgd' or 'kmeans') or 'kmeans'."
     if labeller not in ('stego', 'kmeans'): raise ValueError(f"labeller must be 'stego' or 'kmeans', got {labeller!r}")
     if probe not in ('sgd', 'kmeans'): raise ValueError(f"probe must be 'sgd' or 'kmeans', got {probe!r}")
     if labeller == 'kmeans': return fit_kmeans(features, n_classes=n_classes, code_dim=code_dim, smooth=smooth, seed=seed)
-    model = fit_stego(features, neighbors, n_classes=n_classes, code_dim=code_dim, dropout=dropout, n_steps=n_steps, batch_size=batch_size, lr=lr, lr_probe=lr_probe,
+    model = fit_stego(features, neighbors, n_classes=n_classes, code_dim=code_dim, dropout=dropout, n_iters=n_iters, batch_size=batch_size, lr=lr, lr_probe=lr_probe,
                       w_self=w_self, w_knn=w_knn, w_rand=w_rand, b_self=b_self, b_knn=b_knn, b_rand=b_rand, n_points=n_points, n_random=n_random, pointwise=pointwise, seed=seed, folder=folder)
     return model if probe == 'sgd' else refit_probe(model, features, seed=seed)
 
 # %% ../nbs/50_stego.ipynb #linear_probe
 def linear_probe(labeller:Labeller, features, labels:Tensor, # int64 [n, H, W], 255 = ignored
-                 *, n_classes:int, seed:int, n_steps:int=500, batch_size:int=16, lr:float=5e-3)->nn.Conv2d:
+                 *, n_classes:int, seed:int, n_iters:int=500, batch_size:int=16, lr:float=5e-3)->nn.Conv2d:
     "Linear map from frozen codes to given classes, for monitoring."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed); probe = nn.Conv2d(labeller.clusters.shape[1], n_classes, 1).to(labeller.clusters.device)
     optimizer = torch.optim.Adam(probe.parameters(), lr=lr)
-    for step in range(n_steps):
+    for step in range(n_iters):
         i = step_batch(step, len(features), batch_size, seed)
         with torch.no_grad(): code = labeller.code(features[i].float())
         logits = F.interpolate(probe(code), labels.shape[1:], mode='bilinear', align_corners=False)

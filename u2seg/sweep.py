@@ -17,7 +17,7 @@ import nbformat, numpy as np, yaml
 
 from .images import read_json, write_atomic
 from .show import Picture
-from .stage import declared, load_params, run_check, stage_notebook, stage_values, stages
+from .stage import SHARED, declared, load_params, run_check, stage_notebook, stage_values, stages
 
 # %% ../nbs/82_sweep.ipynb #read_sweep
 KEYS = 'question', 'seeds', 'targets', 'rows', 'base', 'settings'
@@ -58,9 +58,8 @@ def changed(params:dict, values:dict)->dict: # {parameter: value}
     "A copy of `params` with other values; `ValueError` for a parameter that is not there."
     out = json.loads(json.dumps(params))
     for name, v in values.items():
+        _get(params, name)
         *way, last = name.split('.')
-        _get(params, '.'.join(way))
-        if way[1:] != ['model']: _get(params, name)              # a network's section names only what differs from the default
         _get(out, '.'.join(way))[last] = v
     return out
 
@@ -70,8 +69,10 @@ def check_experiments(todo:list[dict], root:str|Path='.'):
     for t in todo[0]['targets']:
         if t not in books: raise ValueError(f"no stage {t!r}; the stages are {', '.join(books)}")
     for e in todo:
-        for stage in {p.split('.')[0] for p in e['set']}:
-            try: run_check(books[stage], stage_values(stage, changed(params, e['set']), declared(books[stage])) | {'root': str(root)})
+        named, params_then = {p.split('.')[0] for p in e['set']}, changed(params, e['set'])
+        for stage, book in books.items():
+            if stage not in named and not named & {*SHARED} & declared(book).keys(): continue
+            try: run_check(stage, book, stage_values(stage, params_then, declared(book)) | {'root': str(root)})
             except ValueError as error: raise ValueError(f"{e['name']}: {error}") from None
 
 # %% ../nbs/82_sweep.ipynb #score_rows
