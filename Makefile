@@ -2,7 +2,7 @@
 # make test    install, check and test everything, the whole pipeline in small included
 # make lab     JupyterLab on the notebooks
 # make docs    the notebooks as a book, under _docs/site
-# make nightly 100,000 fuzzed files instead of 4,000; where detectron2 is installed, 20 photos at full size through both engines
+# make nightly 100,000 fuzzed files instead of 4,000; where detectron2 is installed, 20 images at full size through both engines
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin

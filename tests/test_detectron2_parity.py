@@ -1,6 +1,5 @@
 "Equal weights give equal outputs and losses in detectron2. Skipped where detectron2 is not installed; test_detectron2_golden.py holds numbers recorded from it. U2SEG_SLOW=1 runs the full size."
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,9 +19,8 @@ import detectron2.modeling.proposal_generator.rpn as d2_rpn
 import detectron2.modeling.roi_heads.roi_heads as d2_roi_heads
 
 import u2seg.model as ours
-from u2seg.images import read_image
+from u2seg.scenes import draw_scene
 
-photos = Path(os.environ.get('U2SEG_SHARED_DATA', Path(__file__).resolve().parents[2]/'shared'/'data'))
 SMALL = dict(depth=18, norm='BN', fpn_norm='BN', n_things=6, n_stuff=4, fpn_channels=32, fc_dim=64, mask_dim=32, sem_dim=64, roi_batch=64, rpn_pre_train=300,
              rpn_pre_test=200, rpn_post_train=300, rpn_post_test=100, panoptic_area=200, panoptic_score=.2, min_size=160, max_size=320)
 
@@ -72,12 +70,11 @@ def pair(config, seed=0):
     return mine, theirs
 
 def scenes(n, config, seed=0):
-    "Photos, shrunk, with random rectangles as labels."
-    files = sorted(p for p in photos.rglob('*.jpg'))[:n]
-    if not files: pytest.skip(f'no pictures in {photos}')
+    "Drawn scenes of several shapes, at the network's size, with random rectangles as labels."
     rng, images, targets = np.random.default_rng(seed), [], []
-    for f in files:
-        x = torch.from_numpy(read_image(f).transpose(2, 0, 1).copy())[None].float()
+    for i in range(n):
+        image = draw_scene((seed, i), 'scenes', size=256)[0][:, :256 - 16*(i % 7)]
+        x = torch.from_numpy(image.transpose(2, 0, 1).copy())[None].float()
         scale = min(config['min_size'] / min(x.shape[2:]), config['max_size'] / max(x.shape[2:]))
         x = torch.nn.functional.interpolate(x, scale_factor=scale, mode='bilinear', antialias=True)[0].round()
         h, w = x.shape[1:]
@@ -254,7 +251,7 @@ def training_gaps(mine, theirs, images, targets)->dict:
     return {k: gap(a[k], b[k]) / max(b[k].item(), 1) for k in b}
 
 def compare_full_size(monkeypatch, n, short, dtype=torch.float):
-    "Largest differences over n photos."
+    "Largest differences over n images."
     config = dict(min_size=short, max_size=short * 1333 // 800, n_stuff=27, n_things=800)
     images, targets = scenes(n, config)
     mine, theirs = paper_pair(images[0])
@@ -275,7 +272,7 @@ def check_gaps(gaps, limits):
     for k, v in gaps.items():
         if not k.startswith('n_'): assert v <= limits.get(k, 1e-4), f'{k}: {v}'
 
-@pytest.mark.skipif(not os.environ.get('U2SEG_SLOW'), reason='twenty photos at full size take minutes: set U2SEG_SLOW=1')
+@pytest.mark.skipif(not os.environ.get('U2SEG_SLOW'), reason='twenty images at full size take minutes: set U2SEG_SLOW=1')
 def test_full_size(monkeypatch):
     gaps, n_shapes = compare_full_size(monkeypatch, 20, 800)
     check_gaps(gaps, LOOSE)

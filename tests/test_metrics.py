@@ -1,5 +1,5 @@
 "AP, PQ and semantic scores: known answers, brute force from the definitions, the reference evaluator, degenerate cases."
-import contextlib, copy, io, itertools, json, os, zlib
+import contextlib, copy, gzip, io, itertools, json, zlib
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +16,12 @@ from u2seg.png import _inflate, count_pairs, read_map, read_runs
 from u2seg.scenes import draw_dataset
 
 NAMES = 'AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl'.split()
-SHARED = Path(os.environ.get('U2SEG_SHARED_DATA', Path(__file__).parents[2]/'shared'/'data'))
+DATA = Path(__file__).parent/'data'
 
 
-def shared(*names):
-    path = SHARED.joinpath(*names)
-    if not path.exists(): pytest.skip(f'{path} is not here')
-    return path
+def golden(*names):
+    "JSON of tests/data, in gzip."
+    return json.loads(gzip.decompress(DATA.joinpath(*names).read_bytes()))
 
 
 # AP
@@ -35,7 +34,9 @@ KNOWN = dict(segm=[.3195452758576433, .5622883972521636, .29892653412086784, .38
 
 @pytest.mark.parametrize('iou_type', ['segm', 'bbox'])
 def test_cocoapi_known_answers(iou_type):
-    s = instance_ap(shared('ap', 'instances_val2014_100.json'), shared('ap', f'instances_val2014_fake{iou_type}100_results.json'), iou_type=iou_type)
+    gt = golden('ap', 'instances_val2014_100.json.gz')
+    dt = golden('ap', f'instances_val2014_fake{iou_type}100_results.json.gz')
+    s = instance_ap(gt, dt, iou_type=iou_type)
     assert list(s) == NAMES and np.allclose(list(s.values()), KNOWN[iou_type], rtol=0, atol=1e-9)
 
 
@@ -98,7 +99,7 @@ def test_polygons_and_plain_codes():
 
 
 def test_real_masks_moved():
-    gt = json.loads(shared('coco26', 'instances.json').read_bytes())
+    gt = golden('coco10', 'instances.json.gz')
     rng, sizes = np.random.default_rng(0), {im['id']: (im['height'], im['width']) for im in gt['images']}
     from u2seg.images import decode_rle
     dt = [dict(image_id=a['image_id'], category_id=a['category_id'], score=float(rng.random()), segmentation=encode_rle(np.roll(decode_rle(a['segmentation']), rng.integers(-9, 10, 2), (0, 1)))) for a in gt['annotations'] for _ in range(2)]
@@ -166,8 +167,9 @@ def test_faults_of_ap_are_named(tmp_path):
 # PQ
 
 def test_panopticapi_known_answers():
-    folder = shared('pq', 'deeplab_testdata')
-    s, known = panoptic_quality(folder/'coco_gt.json', folder/'coco_gt', folder/'coco_pred.json', folder/'coco_pred'), json.loads(shared('pq', 'golden.json').read_bytes())
+    folder = DATA/'pq'
+    known = json.loads((folder/'golden.json').read_bytes())
+    s = panoptic_quality(folder/'coco_gt.json', folder/'coco_gt', folder/'coco_pred.json', folder/'coco_pred')
     for group in ('All', 'Things', 'Stuff'): assert s[group]['n'] == known[group]['n'] and all(abs(s[group][k] - known[group][k]) < 1e-9 for k in ('pq', 'sq', 'rq'))
     for c, scores in known['per_class'].items(): assert all(abs(s['per_class'][int(c)][k] - scores[k]) < 1e-9 for k in scores)
 
@@ -322,13 +324,14 @@ def test_the_semantic_map_takes_segments_then_stuff_then_nothing():
 
 
 def test_supercategories_of_real_ground_truth():
-    gt, folder = json.loads(shared('coco26', 'panoptic.json').read_bytes()), shared('coco26', 'panoptic')
+    gt = golden('coco10', 'panoptic.json.gz')
+    folder = DATA/'coco10'/'panoptic'
     assert {(c['id'], c['name'], c['supercategory'], c['isthing']) for c in gt['categories']} == {(c['id'], c['name'], c['supercategory'], c['isthing']) for c in COCO_PANOPTIC}
     joined = supercategories(gt)
     s = panoptic_quality(joined, folder, joined, folder)
     assert s['All']['pq'] == 1 and len(joined['categories']) == 95 and s['Things']['n'] + s['Stuff']['n'] == s['All']['n']
     instances = instances_from_panoptic(gt, folder)
-    known = json.loads(shared('coco26', 'instances.json').read_bytes())
+    known = golden('coco10', 'instances.json.gz')
     assert len(instances['annotations']) == len(known['annotations']) and sorted(a['area'] for a in instances['annotations']) == sorted(a['area'] for a in known['annotations'])
 
 
