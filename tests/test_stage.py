@@ -144,6 +144,27 @@ def test_metrics_hold_no_nan(tmp_path):
     assert json.loads((tmp_path/'metrics.json').read_text(), parse_constant=lambda name: pytest.fail(name)) == dict(mean=None, n=3, deep=[dict(a=None)], good=.1)
 
 
+@pytest.mark.parametrize('values,message', [
+    ({'train.solver.lr': -1.}, 'train.solver.lr must be positive, got -1.0'), ({'solver.gamma': 2.}, 'cutler.solver.gamma must lie in'),
+    ({'fewshot.augment.flip': 2.}, 'fewshot.augment.flip must lie in'), ({'cutler.network.depth': 19}, 'cutler.model setting depth must be one of'),
+    ({'train.solver.lrr': 1.}, 'unknown name train.solver.lrr; allowed: accumulate'), ({'train.solver': 3}, 'train.solver must be a mapping, got 3'),
+    ({'stego.crf.n_iters': -1}, 'stego.crf.n_iters must be at least 0'), ({'cutler.self_training.n_rounds': 9}, 'cutler.self_training.n_rounds must lie in 0 ... 2'),
+    ({'cutler.n_procs': 3}, 'cutler.solver.batch_size 8 must divide by n_procs 3'), ({'pretrain.vit.num_heads': 5}, 'pretrain.vit.embed_dim must be a multiple')])
+def test_errors_name_section_and_key(values, message):
+    root = Path(__file__).parents[1]
+    params = S.load_params(root)
+    for name, v in values.items():
+        *way, last = name.split('.')
+        section = params
+        for k in way: section = section.setdefault(k, {})
+        section[last] = v
+    with pytest.raises(ValueError) as e:
+        for stage in ('pretrain', 'cutler', 'stego', 'train', 'fewshot'):
+            nb = nbformat.read(S.stage_notebook(root, stage), 4)
+            S.run_check(stage, nb, S.stage_values(stage, params, S.declared(nb)) | {'root': str(root)})
+    assert message in str(e.value) and '\n' not in str(e.value)
+
+
 def test_an_int_serves_as_a_float(repo): assert S.check_stages(repo(b=1)) == ['one']
 
 

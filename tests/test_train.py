@@ -469,3 +469,11 @@ def test_the_group_speaks_where_the_model_lies(monkeypatch):
     monkeypatch.setattr(dist, 'get_rank', lambda: 1); monkeypatch.setattr(dist, 'get_world_size', lambda: 2)
     assert train._processes(torch.device('cpu')) == (1, 2) and asked == ['gloo']
     assert train._processes(torch.device('cuda', 3)) == (1, 2) and asked[1:] == [torch.device('cuda', 3), 'nccl']
+
+
+@pytest.mark.parametrize('change', [dict(lr=.01), dict(milestones=[9]), dict(gamma=.2), dict(warmup_iters=4), dict(sgd_momentum=.8), dict(weight_decay=1e-4), dict(clip_value=2.),
+                                    dict(cls_lr_multiplier=1.), dict(accumulate=2), dict(ema_decay=.5), dict(precise_bn=1), dict(loss_weights={'loss': 2.}), dict(amp='bf16'), dict(n_iters=15)])
+def test_every_field_of_the_solver_makes_another_recipe(data, change):
+    fields = {k: v for k, v in RECIPE.items() if k != 'log_every'} | dict(batch_size=4)
+    key = lambda **over: train._recipe(Tiny(), made(data, **VIEWS), Solver(**fields | over), over.get('amp'))
+    assert key(**change) != key() == key(checkpoint_period=9)
