@@ -11,13 +11,13 @@ export DVC_NO_ANALYTICS := 1
 
 .PHONY: repro test nightly lab docs publish
 repro: $(VENV)/installed
-	dvc pull data.dvc pretrain
+	dvc pull data.dvc features
 	u2seg check
 	dvc repro
 	u2seg table
 
 test: $(VENV)/installed
-	dvc pull data.dvc pretrain
+	dvc pull data.dvc features
 	OMP_NUM_THREADS=1 U2SEG_THREADS=1 nbdev_test --n_workers 2
 	OMP_NUM_THREADS=1 U2SEG_THREADS=1 python -m pytest -q --instafail -n 2 --dist loadfile --durations 10 tests
 

@@ -49,7 +49,7 @@ def plain(x, k, n_iters):
 
 
 def ours(x, k, n_iters):
-    from u2seg.cluster import kmeans
+    from u2seg.kmeans import kmeans
 
     return kmeans(x, k, seed=0, n_iters=n_iters, init=np.array(x[:k]))
 

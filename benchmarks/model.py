@@ -10,6 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'tests'))
 import u2seg.model as ours
+from u2seg.roialign import Pooler
 from machine import SIDES, heading, publish
 
 STUDENT = dict(
@@ -112,7 +113,7 @@ def beside_torchvision(rounds):
     )
     boxes, image = torch.cat([corner, corner + 8 + torch.rand(384, 2) * 48], 1), torch.arange(384) // 48
     pooler, rois = (
-        ours.Pooler([2], size=7, sampling_ratio=2, canonical_size=1, canonical_level=0),
+        Pooler([2], size=7, sampling_ratio=2, canonical_size=1, canonical_level=0),
         torch.cat([image[:, None].float(), boxes], 1),
     )
     run = lambda f: f().sum().backward()

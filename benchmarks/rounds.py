@@ -15,8 +15,11 @@ import numpy as np
 import torch
 
 from u2seg import scenes, train
+from u2seg.batches import Batches, PseudoLabels
+from u2seg.selftrain import detect, self_training_labels
 from u2seg.augment import Augment
-from u2seg.evaluate import read_truth, score_agnostic
+from u2seg.evaluate import score_agnostic
+from u2seg.truth import read_truth
 from u2seg.images import mask_to_box, decode_rle, read_json, write_json
 from u2seg.model import build_model
 from u2seg.solver import Solver
@@ -31,7 +34,7 @@ def scores(net, root, shares, folder) -> dict:  # share -> AP50 ..., of boxes an
         if not path.exists():
             truth = read_truth(root, share)
             images = [dict(id=im['id'], file_name=im['file_name']) for im in truth['images']]
-            _, found, _ = train.detect(
+            _, found, _ = detect(
                 net,
                 root,
                 images,
@@ -55,7 +58,7 @@ def scores(net, root, shares, folder) -> dict:  # share -> AP50 ..., of boxes an
 def relabel(net, root, labels, p, r, folder):
     "The labels of round r (from 1)."
     c = net.config
-    _, found, _ = train.detect(
+    _, found, _ = detect(
         net,
         root,
         labels['images'],
@@ -66,7 +69,7 @@ def relabel(net, root, labels, p, r, folder):
         max_size=c['max_size'],
         folder=folder,
     )
-    return train.self_training_labels(labels, found, score_threshold=p['self_training']['score_threshold'][r - 1]), len(found)
+    return self_training_labels(labels, found, score_threshold=p['self_training']['score_threshold'][r - 1]), len(found)
 
 
 def row(name, n_iters, n_labels, by_share):
@@ -104,8 +107,8 @@ if __name__ == '__main__':
     labels = read_json(a.labels)
 
     def fit(coco, seed, solver, folder):
-        data = train.PseudoLabels(a.root, coco, skip_empty=True)
-        train.fit(net, train.Batches(data, augment, batch_size=solver.batch_size, seed=seed), solver, folder=folder)
+        data = PseudoLabels(a.root, coco, skip_empty=True)
+        train.fit(net, Batches(data, augment, batch_size=solver.batch_size, seed=seed), solver, folder=folder)
 
     torch.manual_seed(a.seed)
     net = build_model({**both['network'], 'n_things': 1, 'n_stuff': 0})

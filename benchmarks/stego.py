@@ -291,7 +291,7 @@ def main():
     q = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     q.add_argument('--labelled', required=True)
     q.add_argument('--params', default='params.yaml')
-    q.add_argument('--backbone', default='out/pretrain/backbone.safetensors')
+    q.add_argument('--backbone', default='out/features/backbone.safetensors')
     q.add_argument('--seeds', type=int, default=3)
     q.add_argument('--sweep', action='store_true')
     q.add_argument('--crf-every', type=int, default=4)

@@ -6,15 +6,17 @@ import pytest
 import torch
 from PIL import Image
 
-from u2seg.cluster import EMBEDDINGS, assign, embed_crops
-from u2seg.evaluate import model_records
+from u2seg.cluster import EMBEDDINGS, embed_crops
+from u2seg.kmeans import assign
+from u2seg.baselines import model_records
 from u2seg.features import ViTFeatures
 from u2seg.images import write_png
 from u2seg.labeller import Head, Labeller, extractor, patch_codes, segment
 from u2seg.maskcut import label_images
-from u2seg.model import build_model, save_weights
+from u2seg.checkpoints import save_weights
+from u2seg.model import build_model
 from u2seg.predict import U2Seg, predict_folder
-from u2seg.train import detect
+from u2seg.selftrain import detect
 
 NETWORK = dict(n_things=3, n_stuff=3, depth=18, width=8, n_blocks=[1, 1, 1, 1], norm='BN', fpn_norm='BN', fpn_channels=16, fc_dim=16, mask_dim=8, n_mask_convs=1, sem_dim=16, rpn_pre_test=40,
                rpn_post_test=20, decode='objectness', max_detections=4, score_threshold=0., panoptic_score=0., panoptic_area=20, min_size=64, max_size=128)

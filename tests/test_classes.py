@@ -4,7 +4,8 @@ import pytest
 from PIL import Image
 
 from u2seg.classes import CITYSCAPES, COCO_PANOPTIC, COCO_THINGS, STUFF15, STUFF27, STUFF27_NAMES, SUPER_OFFSET, UVO, VOC, merge_equal, supercategories
-from u2seg.evaluate import fine_maps, read_truth, semantic27
+from u2seg.evaluate import fine_maps, semantic27
+from u2seg.truth import read_truth
 from u2seg.images import read_ids, write_ids, write_json
 from u2seg.metrics import panoptic_quality
 

@@ -7,7 +7,9 @@ from scipy.ndimage import maximum_filter
 from torch import nn
 
 from u2seg import cluster
-from u2seg.cluster import Clusters, assign, crop_instances, embed_crops, embed_file, fit_clusters, fit_pca, kmeans, label_file, nearest, nmi, one_to_one, project, purity, window
+from u2seg.kmeans import _chunks, _start
+from u2seg.cluster import Clusters, crop_instances, embed_crops, embed_file, fit_clusters, fit_pca, label_file, nmi, one_to_one, project, purity, window
+from u2seg.kmeans import assign, kmeans, nearest
 from u2seg.images import encode_rle, instances_json
 
 
@@ -44,7 +46,7 @@ def test_equals_textbook(metric, n_iters):
 def test_chunks_change_nothing(monkeypatch):
     x, _ = blobs(spread=2.)
     c, l = kmeans(x, 8, seed=3, init='k-means++')
-    real = cluster._chunks
+    real = _chunks
     monkeypatch.setattr(cluster, '_chunks', lambda x, metric, size=37: real(x, metric, size))
     assert (assign(x, c) == l).all() and (kmeans(x, 8, seed=3, init='k-means++')[1] == l).all()
     np.testing.assert_allclose(kmeans(x, 6, seed=0, init=x[:6], n_iters=4)[0], lloyd(x, x[:6], 4)[0], atol=1e-4)
@@ -81,7 +83,7 @@ def test_restarts_help():
 
 def test_plus_plus_starts_better():
     x, _ = blobs(n=900, k=30, d=4, spread=30.)
-    inertia = lambda init, s: (nearest(x, cluster._start(x, 30, init, np.random.default_rng(s), 'euclidean'))[1]).sum()
+    inertia = lambda init, s: (nearest(x, _start(x, 30, init, np.random.default_rng(s), 'euclidean'))[1]).sum()
     assert np.median([inertia('k-means++', s) for s in range(7)]) < .5*np.median([inertia('random', s) for s in range(7)])
 
 

@@ -7,11 +7,12 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from u2seg import evaluate
+from u2seg.truth import read_truth, sound, things_only, truth_map
 from u2seg.cli import main
 from u2seg.convert import convert_instances
 from u2seg.images import compressed, decode_rle, encode_rle, filled, read_json, write_ids, write_json
 from u2seg.metrics import instance_ap, instances_from_panoptic, panoptic_quality
-from u2seg.train import PseudoLabels
+from u2seg.batches import PseudoLabels
 
 SQUARE, BLOCK = np.zeros((2, 48, 64), bool)
 SQUARE[5:15, 5:15] = True
@@ -35,7 +36,7 @@ def runs(mask): return [0] * int(mask[0, 0]) + np.diff(np.flatnonzero(np.diff(np
 def both(folder, c):
     "The objects that evaluate reads, and those that convert writes."
     write_json(folder/'annotations'/'instances_val.json', c)
-    truth = evaluate.read_truth(folder, 'val')['instances']['annotations']
+    truth = read_truth(folder, 'val')['instances']['annotations']
     convert_instances(folder/'annotations'/'instances_val.json', folder/'out')
     return [[(a['image_id'], a['category_id'], a['area'], a['iscrowd']) for a in found] for found in (truth, read_json(folder/'out'/'instances.json')['annotations'])]
 
@@ -74,8 +75,8 @@ def test_image_ids_of_any_form(tmp_path, ids):
     c = coco()
     for im, a, i in zip(c['images'], c['annotations'], ids): im['id'] = a['image_id'] = i
     write_json(tmp_path/'annotations'/'instances_val.json', c)
-    truth = evaluate.read_truth(tmp_path, 'val')
-    assert all(type(im['id']) is int for im in truth['images']) and [int((evaluate.truth_map(truth, i) > 0).sum()) for i in ids] == [100, 600]
+    truth = read_truth(tmp_path, 'val')
+    assert all(type(im['id']) is int for im in truth['images']) and [int((truth_map(truth, i) > 0).sum()) for i in ids] == [100, 600]
     assert instance_ap(c, [dict(a, score=.9) for a in c['annotations']])['AP'] > 1 - 1e-9
     assert [a['area'] for a in truth['instances']['annotations']] == [100, 600] and [len(r) for r in PseudoLabels(tmp_path, c).rles] == [1, 1]
 
@@ -91,11 +92,11 @@ def test_one_bad_annotation_is_left_out_and_named(tmp_path, bad):
     c = coco()
     c['annotations'].insert(1, dict(dict(id=999, image_id=2, category_id=1, iscrowd=0, area=5, bbox=[1, 1, 5, 5], segmentation=RING), **BAD[bad]))
     write_json(tmp_path/'annotations'/'instances_val.json', c)
-    with pytest.warns(UserWarning, match='instances_val.json: 1 of 3 annotations left out; annotation 999 of image 2: '): truth = evaluate.read_truth(tmp_path, 'val')
+    with pytest.warns(UserWarning, match='instances_val.json: 1 of 3 annotations left out; annotation 999 of image 2: '): truth = read_truth(tmp_path, 'val')
     assert [a['area'] for a in truth['instances']['annotations']] == [100, 600]
     dt = [dict(a, score=.9) for a in coco()['annotations']]
     with pytest.warns(UserWarning, match='annotation 999'): assert instance_ap(c, dt)['AP'] > 1 - 1e-9
-    with pytest.raises(ValueError, match='not one of 1 annotations can be read; annotation 999 of image 2'): evaluate.things_only(dict(c, annotations=c['annotations'][1:2]), 'a.json')
+    with pytest.raises(ValueError, match='not one of 1 annotations can be read; annotation 999 of image 2'): things_only(dict(c, annotations=c['annotations'][1:2]), 'a.json')
     if bad != 'an unknown category':                                                       # a result of another class counts for nothing
         with pytest.raises(ValueError, match=r'results\[2\] of image 2: '): instance_ap(coco(), dt + [dict(c['annotations'][1], score=.5)])
 
@@ -103,7 +104,7 @@ def test_one_bad_annotation_is_left_out_and_named(tmp_path, bad):
 def test_two_images_of_one_id(tmp_path):
     c = coco(); c['images'].append(dict(id='1', file_name='c.jpg', width=64, height=48))
     write_json(tmp_path/'annotations'/'instances_val.json', c)
-    for read in (lambda: evaluate.read_truth(tmp_path, 'val'), lambda: convert_instances(tmp_path/'annotations'/'instances_val.json', tmp_path), lambda: PseudoLabels(tmp_path, c), lambda: instance_ap(c, [])):
+    for read in (lambda: read_truth(tmp_path, 'val'), lambda: convert_instances(tmp_path/'annotations'/'instances_val.json', tmp_path), lambda: PseudoLabels(tmp_path, c), lambda: instance_ap(c, [])):
         with pytest.raises(ValueError, match='two images have the id 1: 1.jpg and c.jpg'): read()
 
 
@@ -130,7 +131,7 @@ def test_polygons_are_those_of_pycocotools():
     for _ in range(300):
         ring = (rng.normal(0, 10**rng.uniform(0, 2.5), 2 * rng.integers(3, 8)) + 10).tolist()
         c = dict(coco(), annotations=[dict(id=1, image_id=1, category_id=1, segmentation=[ring])])
-        assert evaluate.things_only(c, 'a.json')[1]['annotations'][0]['segmentation']['counts'].encode() == coco_mask.merge(coco_mask.frPyObjects([ring], 48, 64))['counts']
+        assert things_only(c, 'a.json')[1]['annotations'][0]['segmentation']['counts'].encode() == coco_mask.merge(coco_mask.frPyObjects([ring], 48, 64))['counts']
 
 
 def test_no_mask_library_ever_hangs_or_fills_the_memory():
@@ -202,30 +203,30 @@ def judged(truth): return evaluate.judge({'val': {'U2Seg': records(truth)}}, {'v
 
 def test_a_broken_or_resized_image_is_left_out_of_the_scores(tmp_path):
     folder_of(tmp_path, panoptic(), {1: (64, 48), 2: (64, 48)})
-    truth = evaluate.read_truth(tmp_path, 'val')
-    assert evaluate.sound(truth, tmp_path) is truth
+    truth = read_truth(tmp_path, 'val')
+    assert sound(truth, tmp_path) is truth
     for spoil in (lambda f: f.write_bytes(b'\xff\xd8broken'), lambda f: Image.new('RGB', (32, 24)).save(f), lambda f: f.unlink()):
         spoil(tmp_path/'val'/'2.jpg')
-        with pytest.warns(UserWarning, match='val: 1 of 2 images left out: .*2.jpg'): kept = evaluate.sound(truth, tmp_path)
+        with pytest.warns(UserWarning, match='val: 1 of 2 images left out: .*2.jpg'): kept = sound(truth, tmp_path)
         assert [im['id'] for im in kept['images']] == [1] and judged(kept)['val']['vote']['PQ'] == 1 and len(kept['instances']['annotations']) == 1
     (tmp_path/'val'/'1.jpg').unlink()
-    with pytest.raises(ValueError, match='val: 2 of 2 images left out'): evaluate.sound(truth, tmp_path)
+    with pytest.raises(ValueError, match='val: 2 of 2 images left out'): sound(truth, tmp_path)
 
 def test_maps_are_compared_before_any_work(tmp_path):
     folder_of(tmp_path, changed(lambda c: first(c)['segments_info'].append(dict(id=33, category_id=1)), panoptic), {1: (64, 48), 2: (64, 48)})
-    with pytest.raises(ValueError, match='image 1: ground truth: segment 33'): evaluate.sound(evaluate.read_truth(tmp_path, 'val'), tmp_path)
+    with pytest.raises(ValueError, match='image 1: ground truth: segment 33'): sound(read_truth(tmp_path, 'val'), tmp_path)
 
 def test_only_stuff_is_scored_as_stuff(tmp_path):
     c = changed(lambda c: (c['categories'].pop(0), [a['segments_info'].pop(0) for a in c['annotations']]), panoptic)
     folder_of(tmp_path, c, {})
     for i in (1, 2): write_ids(tmp_path/'annotations'/'panoptic_val'/f'{i}.png', np.where(IDS == 2, 2, 0))
-    s = judged(evaluate.read_truth(tmp_path, 'val'))
+    s = judged(read_truth(tmp_path, 'val'))
     assert s['agnostic'] == {} and s['val']['vote']['PixelAcc'] == 1 and 'box_AP' not in s['val']['vote']
 
 def test_images_of_an_instance_file_have_a_score_though_objects_hide_each_other(tmp_path):
     c = dict(coco(), annotations=[dict(id=i, image_id=1, category_id=1, segmentation=encode_rle(SQUARE)) for i in (1, 2)])
     write_json(tmp_path/'annotations'/'instances_val.json', c)
-    truth = evaluate.read_truth(tmp_path, 'val')
+    truth = read_truth(tmp_path, 'val')
     r = {i: dict(ids=SQUARE.astype(int) * (i == 1), segments=[dict(id=1, category_id=1)] * (i == 1)) for i in (1, 2)}
     assert evaluate.image_pq(r, truth, dict(things=np.array([1]), stuff=np.array([], int))) == {1: 1, 2: 0}
 
@@ -241,5 +242,5 @@ def test_exit_status(tmp_path, capsys):
 
 def test_more_objects_than_the_mask_library_measures_at_once():
     many = [dict(image_id=1, category_id=1, segmentation=RING)] * 300
-    assert {a['area'] for a in evaluate.things_only(coco(annotations=many), 'a.json')[1]['annotations']} == {100}
+    assert {a['area'] for a in things_only(coco(annotations=many), 'a.json')[1]['annotations']} == {100}
     assert instance_ap(coco(annotations=many), [])['AP'] == 0

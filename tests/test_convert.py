@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from u2seg.cli import main
+from u2seg.truth import Painted, things_only
 from u2seg.convert import checkpoint_config, convert, convert_checkpoint, convert_instances, convert_panoptic
 from u2seg.images import decode_rle, encode_rle, read_ids, read_image, read_json, write_ids, write_json, write_png
 from u2seg.model import build_model
@@ -123,7 +124,7 @@ def test_command_line(tmp_path, capsys):
     assert main(['convert', str(tmp_path/'none.json'), '--out', str(tmp_path)]) == 1 and 'no such file' in capsys.readouterr().err
 
 def test_voc(tmp_path):
-    from u2seg.evaluate import read_truth
+    from u2seg.truth import read_truth
     xml = '<annotation><size><width>9</width><height>8</height></size>{}</annotation>'
     thing = '<object><name>{}</name><difficult>{}</difficult><bndbox><xmin>2</xmin><ymin>3</ymin><xmax>5</xmax><ymax>6</ymax></bndbox></object>'
     folder = tmp_path/'VOC2007'; (folder/'Annotations').mkdir(parents=True)
@@ -140,14 +141,14 @@ def test_voc(tmp_path):
 def test_boxes_alone_are_scored_as_boxes():
     from u2seg import evaluate
     coco = dict(images=[dict(id=1, file_name='a.jpg', height=20, width=30)], categories=[dict(id=5, name='x')], annotations=[dict(image_id=1, category_id=5, bbox=[3, 4, 10, 8])])
-    panoptic, whole = evaluate.things_only(coco, 'a.json')
-    assert (evaluate.Painted(whole)['1'] > 0).sum() == 80
-    found = [dict(image_id=1, category_id=5, score=1., bbox=[3., 4., 10., 8.], segmentation=encode_rle(evaluate.Painted(whole)['1'] > 0))]
+    panoptic, whole = things_only(coco, 'a.json')
+    assert (Painted(whole)['1'] > 0).sum() == 80
+    found = [dict(image_id=1, category_id=5, score=1., bbox=[3., 4., 10., 8.], segmentation=encode_rle(Painted(whole)['1'] > 0))]
     scores = evaluate._figures(whole, found, False, '')
     assert min(scores.values()) > 1 - 1e-9 and all(k.startswith('box_') for k in scores)
 
 def test_cityscapes(tmp_path):
-    from u2seg.evaluate import read_truth, truth_map
+    from u2seg.truth import read_truth, truth_map
     gt, name = tmp_path/'gtFine', 'ulm_000000_000019'
     write_ids(gt/'cityscapes_panoptic_val'/f'{name}_gtFine_panoptic.png', np.array([[7, 7, 26001], [0, 7, 26001]]))
     segments = [dict(id=7, category_id=7, area=3, bbox=[0, 0, 2, 2], iscrowd=0), dict(id=26001, category_id=26, area=2, bbox=[2, 0, 1, 2], iscrowd=0)]

@@ -4,7 +4,9 @@ import math
 import numpy as np, numba, pytest, torch
 
 from u2seg import crf
-from u2seg.crf import MASKCUT, STEGO, binary_crf, dense_crf, lattice, refine_mask, refine_masks
+from u2seg.lattice import _SCALE, _compile, _compiled_filter, _neighbours, _number, _radix, _torch_filter
+from u2seg.crf import MASKCUT, STEGO, binary_crf, dense_crf, refine_mask, refine_masks
+from u2seg.lattice import lattice
 
 
 def picture(h=12, w=14, seed=0):
@@ -106,10 +108,10 @@ def test_lattice_from_its_definition():
     image = np.random.default_rng(0).integers(0, 256, (9, 11, 3), dtype=np.uint8)
     image[:, 5:] = image[:, 5:]//40 + 100                                        # crowded and lonely pixels
     sxy, srgb = 4., 30.
-    radix, scale = crf._radix(9, 11, sxy, srgb), (crf._SCALE/[sxy, sxy, srgb, srgb, srgb]).astype(np.float32)
-    index, weight, points, table = crf._number(image, scale, radix)
+    radix, scale = _radix(9, 11, sxy, srgb), (_SCALE/[sxy, sxy, srgb, srgb, srgb]).astype(np.float32)
+    index, weight, points, table = _number(image, scale, radix)
     index, weight = index.reshape(-1, 6), weight.reshape(-1, 6)
-    up, down = crf._neighbours(points, table, radix)
+    up, down = _neighbours(points, table, radix)
     v = decode(points, radix)
     assert len(np.unique(v, axis=0)) == len(points)
     assert (v % 6 == (points % 6)[:, None]).all() and (v.sum(1) == 0).all()      # points of the lattice A5*
@@ -133,7 +135,7 @@ def test_filter_has_gaussian_width():
     image = np.full((60, 60, 3), 100, np.uint8)
     lat = lattice(torch.from_numpy(image), sxy=6., srgb=5.)
     x = torch.zeros(1, 3600); x[0, 30*60 + 30] = 1
-    k = crf._compiled_filter(lat)(x, 1, torch.zeros_like(x)).view(60, 60).double()
+    k = _compiled_filter(lat)(x, 1, torch.zeros_like(x)).view(60, 60).double()
     d = (torch.arange(60) - 30).double()
     total = k.sum()
     assert abs(float(((k.sum(0)*d*d).sum()/total)**.5) - 6) < .6
@@ -154,7 +156,7 @@ def test_table_growth():
     a, b = (lattice(torch.from_numpy(image), sxy=5., srgb=4., compiled=c) for c in (True, False))
     assert a.up.shape[1] == b.up.shape[1] > 1 << 15
     x = torch.rand(1, 120*130)
-    torch.testing.assert_close(crf._compiled_filter(a)(x, 1, torch.zeros_like(x)), crf._torch_filter(b)(x, 1, torch.zeros_like(x)), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(_compiled_filter(a)(x, 1, torch.zeros_like(x)), _torch_filter(b)(x, 1, torch.zeros_like(x)), atol=1e-5, rtol=1e-4)
 
 
 def test_two_labels_are_one_channel():
@@ -245,7 +247,7 @@ def test_loops_compile_where_nothing_can_be_written(monkeypatch):
         return real(f, **kw)
     real = numba.njit
     monkeypatch.setattr(numba, 'njit', njit)
-    assert crf._compile(lambda x: x + 1)(2) == 3
+    assert _compile(lambda x: x + 1)(2) == 3
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')

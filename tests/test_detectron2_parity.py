@@ -19,6 +19,10 @@ import detectron2.modeling.proposal_generator.rpn as d2_rpn
 import detectron2.modeling.roi_heads.roi_heads as d2_roi_heads
 
 import u2seg.model as ours
+from u2seg import cascade as cascade_module
+from u2seg.boxes import box_iou, clip_boxes, decode_boxes
+from u2seg.cascade import cascade_losses
+from u2seg.rpn import top_proposals
 from u2seg.scenes import draw_scene
 
 SMALL = dict(depth=18, norm='BN', fpn_norm='BN', n_things=6, n_stuff=4, fpn_channels=32, fc_dim=64, mask_dim=32, sem_dim=64, roi_batch=64, rpn_pre_train=300,
@@ -106,7 +110,7 @@ def close(a, b, what, tol=1e-4):
 
 def compare_proposals(p, q):
     "Two near-equal scores may change places, and a box at the limit of NMS may come or go."
-    same = (ours.box_iou(p, q) > .999)
+    same = (box_iou(p, q) > .999)
     assert same.any(1).float().mean() > .97 and same.any(0).float().mean() > .97, f'{same.any(1).float().mean():.3f} of the proposals are equal'
 
 def compare_inference(mine, theirs, images):
@@ -123,7 +127,7 @@ def compare_inference(mine, theirs, images):
             compare_proposals(p[0], q[0].proposal_boxes.tensor)
             logits, (sem, _) = mine.sem_seg_head(f), theirs.sem_seg_head(g)
             close(logits, theirs.sem_seg_head.layers(g), 'semantic logits')
-            detections = ours.detections(mine.roi_heads, f, [q[0].proposal_boxes.tensor], shapes)      # the same proposals from here on
+            detections = cascade_module.detections(mine.roi_heads, f, [q[0].proposal_boxes.tensor], shapes)      # the same proposals from here on
             a = ours.results(detections, logits, shapes, shapes, mine.config)[0]
             b = postprocess(theirs, theirs.roi_heads(image_list, g, q)[0], sem, d[0], image_list)
             seen |= compare_results(a, b, mine.config)
@@ -202,7 +206,7 @@ def before_thresholds(heads, features, proposals, sizes):
     boxes, image, probs, size = torch.cat(proposals), torch.zeros(len(proposals[0]), dtype=torch.long), 0, torch.tensor(sizes)
     for k, weights in enumerate(heads.weights):
         logits, deltas = heads.stage(k, features, boxes, image)
-        probs, boxes = probs + logits.softmax(1), ours.clip_boxes(ours.decode_boxes(boxes, deltas, weights), *size[image].to(boxes).unbind(1))
+        probs, boxes = probs + logits.softmax(1), clip_boxes(decode_boxes(boxes, deltas, weights), *size[image].to(boxes).unbind(1))
     return probs / len(heads.weights), boxes
 
 def inference_gaps(mine, theirs, x, monkeypatch)->dict:
@@ -218,17 +222,17 @@ def inference_gaps(mine, theirs, x, monkeypatch)->dict:
         logits, deltas = zip(*(rpn.rpn_head(v) for v in f))
         l2, d2 = gen.rpn_head(list(g.values()))
         l2, d2 = [v.permute(0, 2, 3, 1).flatten(1) for v in l2], [v.view(1, -1, 4, *v.shape[-2:]).permute(0, 3, 4, 1, 2).flatten(1, -2) for v in d2]
-        p = ours.top_proposals(rpn.anchors(f), l2, d2, shapes, pre=rpn.pre[1], post=rpn.post[1], nms_iou=rpn.nms_iou)
+        p = top_proposals(rpn.anchors(f), l2, d2, shapes, pre=rpn.pre[1], post=rpn.post[1], nms_iou=rpn.nms_iou)
         q = gen.predict_proposals(gen.anchor_generator(list(g.values())), l2, d2, image_list.image_sizes)
         boxes = q[0].proposal_boxes.tensor
         probs, last = before_thresholds(mine.roi_heads, f, [boxes], shapes)
-        found = ours.detections(mine.roi_heads, f, [boxes], shapes)
+        found = cascade_module.detections(mine.roi_heads, f, [boxes], shapes)
         instances = theirs.roi_heads(image_list, g, q)[0]
         same = Instances(shapes[0], pred_boxes=Boxes(found[0]['boxes']), pred_classes=found[0]['labels'])             # masks of the same boxes, in the same order
         masks = theirs.roi_heads.forward_with_given_boxes(g, [same])[0].pred_masks[:, 0]
         sem, sem2 = mine.sem_seg_head(f), theirs.sem_seg_head.layers(g)
         out = dict(pixels=gap(batch, image_list.tensor), features=max(gap(a, b) for a, b in zip(f, g.values())), rpn_logits=max(map(gap, logits, l2)), rpn_deltas=max(map(gap, deltas, d2)),
-                   proposals=gap(p[0], boxes), scores=gap(probs, caught['scores']), boxes=gap(last, ours.clip_boxes(caught['boxes'], *shapes[0])) / max(shapes[0]), sem_logits=gap(sem, sem2))
+                   proposals=gap(p[0], boxes), scores=gap(probs, caught['scores']), boxes=gap(last, clip_boxes(caught['boxes'], *shapes[0])) / max(shapes[0]), sem_logits=gap(sem, sem2))
         out['masks'], same.scores = gap(found[0]['mask_probs'], masks), found[0]['scores']
         out['chosen'] = float(abs(len(found[0]['scores']) - len(instances[0]))) if len(found[0]['scores']) != len(instances[0]) else gap(found[0]['scores'], instances[0].scores)
         a, b = ours.results(found, sem, shapes, shapes, mine.config)[0], postprocess(theirs, [same], theirs.sem_seg_head(g)[0], d[0], image_list)
@@ -245,7 +249,7 @@ def training_gaps(mine, theirs, images, targets)->dict:
         image_list, instances = theirs.preprocess_image(d), [v['instances'] for v in d]
         f, g = mine.backbone(x), theirs.backbone(image_list.tensor)
         a, (q, b) = mine.proposal_generator(f, shapes, targets)[1], theirs.proposal_generator(image_list, g, instances)
-        a |= ours.cascade_losses(mine.roi_heads, f, [v.proposal_boxes.tensor for v in q], shapes, targets) | mine.sem_seg_head.loss(mine.sem_seg_head(f), ours.padded_sem(targets, x.shape[-2:]))
+        a |= cascade_losses(mine.roi_heads, f, [v.proposal_boxes.tensor for v in q], shapes, targets) | mine.sem_seg_head.loss(mine.sem_seg_head(f), ours.padded_sem(targets, x.shape[-2:]))
         b |= theirs.roi_heads(image_list, g, q, instances)[1] | theirs.sem_seg_head(g, ours.padded_sem(targets, x.shape[-2:]))[1]
     assert set(a) == set(b) and a['loss_mask'] > 0 and a['loss_rpn_loc'] > 0
     return {k: gap(a[k], b[k]) / max(b[k].item(), 1) for k in b}

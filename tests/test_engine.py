@@ -7,8 +7,11 @@ import pytest
 import torch
 
 from u2seg.images import encode_rle, instances_json, write_png
-from u2seg.model import build_model, load_weights, save_weights
-from u2seg.train import Batches, PseudoLabels
+from u2seg.checkpoints import load_weights, save_weights
+from u2seg.model import build_model
+from u2seg.augment import Augment
+from u2seg.solver import Solver
+from u2seg.batches import Batches, PseudoLabels
 
 try: import detectron2
 except ImportError: detectron2 = None

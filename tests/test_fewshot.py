@@ -8,11 +8,14 @@ import torch
 
 from u2seg import fewshot, train
 from u2seg.augment import Augment
-from u2seg.evaluate import model_records, read_truth, score
+from u2seg.baselines import model_records
+from u2seg.evaluate import score
+from u2seg.truth import read_truth
 from u2seg.fewshot import LabelledPictures, few_shot, nested_subsets
 from u2seg.images import encode_rle, ids_to_rgb, read_json, write_json, write_png
-from u2seg.model import build_model, save_weights
-from u2seg.stage import run_all
+from u2seg.checkpoints import save_weights
+from u2seg.model import build_model
+from u2seg.shards import run_all
 
 CATEGORIES = [dict(id=3, name='a', isthing=1), dict(id=7, name='b', isthing=1), dict(id=9, name='sky', isthing=0), dict(id=4, name='grass', isthing=0)]
 CONFIG = dict(depth=18, width=8, n_blocks=[1, 1, 1, 1], stem_pool=True, norm='BN', fpn_norm='BN', fpn_channels=16, anchor_sizes=[8, 16, 24, 32, 48], rpn_batch=16, rpn_pre_train=40,

@@ -12,10 +12,12 @@ import yaml
 from PIL import Image
 
 from u2seg import convert, evaluate
+from u2seg.truth import things_only
 from u2seg.coco import read_instances, read_panoptic
 from u2seg.images import decode_rle, encode_rle, filled, read_ids, read_image, read_json, write_ids, write_json
 from u2seg.metrics import instance_ap, panoptic_quality
-from u2seg.model import build_model, read_config, save_weights
+from u2seg.checkpoints import save_weights
+from u2seg.model import build_model, read_config
 from u2seg.png import read_map
 from u2seg.predict import category_names
 from u2seg.stage import load_params, stage_values
@@ -135,7 +137,7 @@ def test_run_lengths():
         for counts in (runs[:-1], runs + [1], wrong, spoil(rle['counts'].encode(), rng)):
             m = refused(decode_rle, dict(size=[int(h), int(w)], counts=counts)); assert m is None or m.shape == (h, w)
         panoptic = [dict(id=1, image_id=1, category_id=1, segmentation=dict(rle, counts=cut))]
-        found = refused(evaluate.things_only, dict(images=[dict(id=1, file_name='a', height=int(h), width=int(w))], annotations=panoptic, categories=[dict(id=1, name='x')]), 'a.json')
+        found = refused(things_only, dict(images=[dict(id=1, file_name='a', height=int(h), width=int(w))], annotations=panoptic, categories=[dict(id=1, name='x')]), 'a.json')
         if found is not None: assert 0 <= found[1]['annotations'][0]['area'] <= h * w
 
 
@@ -148,7 +150,7 @@ def test_coco_files(tmp_path):
         given = spoil_tree(coco, rng)
         found = refused(read_instances, given)
         if found is not None: n_read += 1; assert all(type(a[k]) is int for a in found['annotations'] for k in ('image_id', 'category_id', 'iscrowd')) and filled([a['segmentation']['counts'] for a in found['annotations']], [a['segmentation']['size'][0] * a['segmentation']['size'][1] for a in found['annotations']]).all()
-        refused(evaluate.things_only, given, path)
+        refused(things_only, given, path)
         for iou_type in ('segm', 'bbox'):
             scores = refused(scored, *((given, coco['annotations']) if i % 2 else (coco, given['annotations'] if isinstance(given, dict) and 'annotations' in given else given)), iou_type)
             assert scores is None or all(-1 <= s <= 1 + 1e-9 for s in scores.values())

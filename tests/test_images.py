@@ -1,5 +1,5 @@
 """Readers and writers against independent implementations, and every kind of bad file."""
-import gzip, io, json, struct, zlib
+import gzip, io, json, os, struct, zlib
 from pathlib import Path
 
 import numpy as np

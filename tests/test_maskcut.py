@@ -298,7 +298,7 @@ def test_digest_sees_how_positions_are_interpolated():
     assert weights_digest(timm) != weights_digest(dino)
 
 def test_the_stage_cannot_see_ground_truth():
-    notebook = Path(__file__).parents[1]/'nbs'/'23_run_maskcut.ipynb'
+    notebook = Path(__file__).parents[1]/'nbs'/'24_run_maskcut.ipynb'
     code = ''.join(''.join(c['source']) for c in json.loads(notebook.read_text())['cells'] if c['cell_type'] == 'code')
     assert not any(word in code for word in ('annotations/', 'panoptic', 'data_val', '/val'))
 

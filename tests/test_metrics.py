@@ -9,7 +9,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from u2seg.classes import COCO_PANOPTIC, supercategories
-from u2seg.evaluate import Packed, choose, count_votes, merged, read_truth, score, semantic_map
+from u2seg.baselines import Packed, merged
+from u2seg.evaluate import choose, count_votes, score, semantic_map
+from u2seg.truth import read_truth
 from u2seg.images import decode_rle, encode_rle, ids_to_rgb, mask_to_box, read_ids, write_ids, write_json
 from u2seg.metrics import confusion_matrix, instance_ap, instances_from_panoptic, pair_counts, panoptic_quality, remap, semantic_from_panoptic, semantic_scores
 from u2seg.png import _inflate, count_pairs, read_map, read_runs

@@ -9,6 +9,11 @@ import torch.nn.functional as F
 from torchvision.ops import box_iou, roi_align
 
 import u2seg.model as M
+from u2seg.boxes import box_iou, cell_anchors, clip_boxes, decode_boxes, encode_boxes, grid_anchors, match_anchors, match_regions, random_keys, sample
+from u2seg.cascade import choose
+from u2seg.checkpoints import load_weights, rename_weights, save_weights
+from u2seg.roialign import Pooler, region_levels
+from u2seg.rpn import grouped_nms, top_proposals
 from u2seg.model import build_model
 from u2seg.weights import read_weights
 
@@ -80,7 +85,7 @@ def test_no_stuff_no_semantic_head():
 # ---- boxes, anchors, matching
 
 def test_anchors_by_formula():
-    got, want = M.grid_anchors(M.cell_anchors(32, [.5, 1., 2.]), 3, 4, 8), []
+    got, want = grid_anchors(cell_anchors(32, [.5, 1., 2.]), 3, 4, 8), []
     for y, x, ratio in product(range(3), range(4), (.5, 1., 2.)):
         w = 32 / math.sqrt(ratio); h = w * ratio
         want.append([8 * x - w / 2, 8 * y - h / 2, 8 * x + w / 2, 8 * y + h / 2])
@@ -97,18 +102,18 @@ def plain_iou(a, b):
 
 def test_iou():
     a, b = random_boxes(7), random_boxes(5, 1)
-    assert torch.allclose(M.box_iou(a, b), torch.tensor([[plain_iou(x, y) for y in b.tolist()] for x in a.tolist()]), atol=1e-6)
-    assert M.box_iou(torch.zeros(1, 4), torch.zeros(1, 4)).item() == 0
+    assert torch.allclose(box_iou(a, b), torch.tensor([[plain_iou(x, y) for y in b.tolist()] for x in a.tolist()]), atol=1e-6)
+    assert box_iou(torch.zeros(1, 4), torch.zeros(1, 4)).item() == 0
 
 def test_box_coding_round_trip_and_formula():
     a, b, weights = random_boxes(50), random_boxes(50, 1), (10., 10., 5., 5.)
-    d = M.encode_boxes(a, b, weights)
+    d = encode_boxes(a, b, weights)
     x, y = a[3].tolist(), b[3].tolist()
     want = [10 * ((y[0] + y[2]) / 2 - (x[0] + x[2]) / 2) / (x[2] - x[0]), 10 * ((y[1] + y[3]) / 2 - (x[1] + x[3]) / 2) / (x[3] - x[1]),
             5 * math.log((y[2] - y[0]) / (x[2] - x[0])), 5 * math.log((y[3] - y[1]) / (x[3] - x[1]))]
     assert torch.allclose(d[3], torch.tensor(want), atol=1e-4)
-    assert torch.allclose(M.decode_boxes(a, d, weights), b, atol=1e-3)
-    grown = M.decode_boxes(torch.tensor([[0., 0., 16., 16.]]), torch.tensor([[0., 0., 99., 99.]]))
+    assert torch.allclose(decode_boxes(a, d, weights), b, atol=1e-3)
+    grown = decode_boxes(torch.tensor([[0., 0., 16., 16.]]), torch.tensor([[0., 0., 99., 99.]]))
     assert abs(grown[0, 2] - grown[0, 0] - 1000) < 1e-2                  # 16 * 62.5, no overflow
 
 def plain_match(gt, anchors, low, high):
@@ -124,7 +129,7 @@ def plain_match(gt, anchors, low, high):
 def test_anchor_matching_with_low_quality_matches():
     gt, anchors = random_boxes(4, 2), random_boxes(60, 3)
     gt[3] = torch.tensor([500., 500., 502., 502.])                         # no anchor touches it: nothing must be forced
-    index, label = M.match_anchors(gt, anchors, .3, .7)
+    index, label = match_anchors(gt, anchors, .3, .7)
     want_index, want = plain_match(gt.tolist(), anchors.tolist(), .3, .7)
     assert label.tolist() == want and 1 in want and -1 in want and want.count(1) < 20
     hit = [i for i, v in enumerate(want) if v == 1]
@@ -133,28 +138,28 @@ def test_anchor_matching_with_low_quality_matches():
 def test_regions_match_within_their_own_picture():
     boxes, gt = random_boxes(20), random_boxes(6, 1)
     image, gt_image = torch.arange(20) % 2, torch.tensor([0, 0, 0, 1, 1, 1])
-    best, index = M.match_regions(boxes, image, gt, gt_image)
+    best, index = match_regions(boxes, image, gt, gt_image)
     for r in range(20):
         row = [plain_iou(boxes[r].tolist(), gt[j].tolist()) if image[r] == gt_image[j] else 0. for j in range(6)]
         assert abs(best[r] - max(row)) < 1e-6 and (max(row) == 0 or row[index[r]] == pytest.approx(max(row), abs=1e-6))
 
 def test_sampling_takes_the_smallest_keys_and_keeps_the_share():
     positive, negative = torch.arange(100) < 40, torch.arange(100) >= 50
-    keys = M.random_keys(100, 7, torch.device('cpu'))
-    p, n = M.sample(positive, negative, keys, n=32, share=.25)
+    keys = random_keys(100, 7, torch.device('cpu'))
+    p, n = sample(positive, negative, keys, n=32, share=.25)
     assert len(p) == 8 and len(n) == 24 and positive[p].all() and negative[n].all()
     assert set(p.tolist()) == set(sorted(range(40), key=lambda i: keys[i])[:8])
-    p, n = M.sample(torch.arange(100) < 2, negative, keys, n=32, share=.25)
+    p, n = sample(torch.arange(100) < 2, negative, keys, n=32, share=.25)
     assert len(p) == 2 and len(n) == 30                                    # background fills up
-    assert (keys == M.random_keys(100, 7, torch.device('cpu'))).all()
+    assert (keys == random_keys(100, 7, torch.device('cpu'))).all()
 
 def test_grouped_nms_against_loops():
     boxes, scores, group = random_boxes(60, 4, 60), torch.rand(60, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 3
     keep = []
     for i in scores.argsort(descending=True).tolist():
         if all(group[i] != group[j] or plain_iou(boxes[i].tolist(), boxes[j].tolist()) <= .3 for j in keep): keep.append(i)
-    assert M.grouped_nms(boxes, scores, group, .3).tolist() == keep and len(keep) < 60
-    assert M.grouped_nms(boxes[:0], scores[:0], group[:0], .3).tolist() == []
+    assert grouped_nms(boxes, scores, group, .3).tolist() == keep and len(keep) < 60
+    assert grouped_nms(boxes[:0], scores[:0], group[:0], .3).tolist() == []
 
 # ---- RoIAlign
 
@@ -165,8 +170,8 @@ def test_region_align_equals_torchvision_forward_and_backward(ratio, threads):
     features = [torch.randn(2, 70, s, s + 3, requires_grad=True) for s in (24, 12, 6)]
     boxes = random_boxes(40, 5, 90.) - 8                                   # some leave the picture
     boxes[0] = torch.tensor([3., 3., 3., 9.]); boxes[1] = torch.tensor([-300., -300., -200., -200.])        # empty; far outside
-    image, pooler = torch.arange(40) // 20, M.Pooler([2, 3, 4], size=5, sampling_ratio=ratio, canonical_size=20, canonical_level=3)
-    level = M.region_levels(boxes, pooler.levels, **pooler.canonical)
+    image, pooler = torch.arange(40) // 20, Pooler([2, 3, 4], size=5, sampling_ratio=ratio, canonical_size=20, canonical_level=3)
+    level = region_levels(boxes, pooler.levels, **pooler.canonical)
     assert len(level.unique()) == 3
     want = torch.stack([roi_align(features[l], torch.cat([i[None].float(), b])[None], 5, 1 / 2**(l + 2), ratio, aligned=True)[0] for l, b, i in zip(level.tolist(), boxes, image)])
     before = torch.get_num_threads()
@@ -187,7 +192,7 @@ def test_region_align_of_half_precision_keeps_its_corners(dtype, device):
     features = [torch.randn(2, 8, s, s).to(dtype) for s in (160, 80, 40)]
     corner = torch.rand(40, 2) * 500
     boxes, image = torch.cat([corner, corner + 5 + torch.rand(40, 2) * 130], 1), torch.arange(40) // 20
-    pooler = M.Pooler([2, 3, 4], size=7, sampling_ratio=0, canonical_size=56, canonical_level=3)
+    pooler = Pooler([2, 3, 4], size=7, sampling_ratio=0, canonical_size=56, canonical_level=3)
     got = pooler([f.to(device) for f in features], boxes.to(device), image.to(device))
     assert got.dtype == dtype
     torch.testing.assert_close(got.cpu().float(), pooler([f.float() for f in features], boxes, image), atol=2e-2, rtol=0)
@@ -195,7 +200,7 @@ def test_region_align_of_half_precision_keeps_its_corners(dtype, device):
 def test_levels_of_regions():
     sides = torch.tensor([1., 111, 112, 223, 224, 447, 448, 5000])
     boxes = torch.stack([torch.zeros(8), torch.zeros(8), sides, sides], 1)
-    assert M.region_levels(boxes, [2, 3, 4, 5], canonical_size=224, canonical_level=4).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert region_levels(boxes, [2, 3, 4, 5], canonical_size=224, canonical_level=4).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
 
 # ---- losses against plain formulas, and their gradients
 
@@ -212,10 +217,10 @@ def plain_losses(m, images, targets):
         p = [i for i, v in enumerate(label) if v == 1][:m.config['rpn_batch'] // 2]
         n = [i for i, v in enumerate(label) if v == 0][:m.config['rpn_batch'] - len(p)]
         for i in p + n: cls = cls + F.softplus(-logits[b, i] if i in p else logits[b, i])
-        for i in p: loc = loc + (deltas[b, i] - M.encode_boxes(anchors[i:i + 1], t['boxes'][index[i]][None])[0]).abs().sum()
+        for i in p: loc = loc + (deltas[b, i] - encode_boxes(anchors[i:i + 1], t['boxes'][index[i]][None])[0]).abs().sum()
     total = m.config['rpn_batch'] * len(images)
     out['loss_rpn_cls'], out['loss_rpn_loc'] = cls / total, loc / total
-    proposals = M.top_proposals(rpn.anchors(features), *zip(*(rpn.rpn_head(f) for f in features)), sizes, pre=m.config['rpn_pre_train'], post=m.config['rpn_post_train'], nms_iou=m.config['rpn_nms'])
+    proposals = top_proposals(rpn.anchors(features), *zip(*(rpn.rpn_head(f) for f in features)), sizes, pre=m.config['rpn_pre_train'], post=m.config['rpn_post_train'], nms_iou=m.config['rpn_nms'])
     K, regions = m.config['n_things'], []                                  # (box, picture, class, label's index)
     for b, (p, t) in enumerate(zip(proposals, targets)):
         labelled = [(*label_one(box, t, m.config['cascade_ious'][0], K), box) for box in torch.cat([p, t['boxes']])]
@@ -226,15 +231,15 @@ def plain_losses(m, images, targets):
         boxes, image = torch.stack([r[2] for r, _ in regions]), torch.tensor([b for _, b in regions])
         s, d = heads.stage(k, features, boxes, image)
         cls = reg = 0
-        moved = M.decode_boxes(boxes, d, w).detach()
+        moved = decode_boxes(boxes, d, w).detach()
         for i, ((c, j, box), b) in enumerate(regions):
             t = targets[b]
             far = m.config['droploss'] and len(t['boxes']) and max(plain_iou(moved[i].tolist(), g) for g in t['boxes'].tolist()) <= m.config['droploss']
             cls = cls + (0 if far else 1) * (s[i].logsumexp(0) - s[i, c])
-            if c < K: reg = reg + (d[i] - M.encode_boxes(box[None], t['boxes'][j][None], w)[0]).abs().sum()
+            if c < K: reg = reg + (d[i] - encode_boxes(box[None], t['boxes'][j][None], w)[0]).abs().sum()
         out[f'loss_cls_stage{k}'], out[f'loss_box_reg_stage{k}'] = cls / len(regions), reg / len(regions)
         if k < 2:
-            clipped = [(M.clip_boxes(moved[i], *sizes[b]), b) for i, (_, b) in enumerate(regions)]
+            clipped = [(clip_boxes(moved[i], *sizes[b]), b) for i, (_, b) in enumerate(regions)]
             regions = [((*label_one(box, targets[b], m.config['cascade_ious'][k + 1], K), box), b) for box, b in clipped if box[2] > box[0] and box[3] > box[1]]
     terms = []
     for (c, j, box), b in first:
@@ -337,10 +342,10 @@ def test_two_decodings_of_near_synonymous_clusters():
     rules = dict(threshold=.05, nms_iou=.5, n_max=100)
     boxes = torch.tensor([[10., 10, 50, 50], [11., 10, 50, 50], [70., 10, 90, 40]])
     probs = torch.tensor([[.45, .40, .05, .10], [.40, .46, .04, .10], [.03, .03, .04, .90]])
-    split, whole = (M.choose(boxes, probs, decode=d, **rules) for d in ('detectron2', 'objectness'))
+    split, whole = (choose(boxes, probs, decode=d, **rules) for d in ('detectron2', 'objectness'))
     assert sorted(split['labels'].tolist()) == [0, 1]                      # one object, twice
     assert whole['labels'].tolist() == [0, 2] and torch.allclose(whole['scores'], torch.tensor([.9, .1]))
-    assert len(M.choose(boxes, torch.full((3, 4), float('nan')), decode='objectness', **rules)['scores']) == 0
+    assert len(choose(boxes, torch.full((3, 4), float('nan')), decode='objectness', **rules)['scores']) == 0
 
 # ---- degenerate input
 
@@ -422,7 +427,7 @@ def test_torchvision_names():
     torchvision = pytest.importorskip('torchvision')
     m = build_model(dict(TINY, depth=50, width=64, n_blocks=[]))
     state = torchvision.models.resnet50().state_dict()
-    renamed, own = M.rename_weights(state), m.state_dict()
+    renamed, own = rename_weights(state), m.state_dict()
     trunk = {k for k in own if 'bottom_up' in k}
     assert set(renamed) - {'fc.weight', 'fc.bias'} == trunk and all(renamed[k].shape == own[k].shape for k in trunk)
     assert renamed['backbone.bottom_up.res4.0.shortcut.norm.bias'] is state['layer3.0.downsample.1.bias']
@@ -434,13 +439,13 @@ def test_dinos_files(tmp_path):
     state = {k: v for k, v in resnet.state_dict().items() if not k.startswith('fc.')}
     torch.save(state, tmp_path/'dino_resnet50_pretrain.pth')
     torch.save(dict(student={}, teacher={f'backbone.{k}': v for k, v in state.items()} | {'head.mlp.0.weight': torch.zeros(2, 2)}, epoch=3), tmp_path/'full.pth')
-    d2 = {k.removeprefix('backbone.bottom_up.'): v.numpy() for k, v in M.rename_weights(state).items() if not k.endswith('num_batches_tracked')}
+    d2 = {k.removeprefix('backbone.bottom_up.'): v.numpy() for k, v in rename_weights(state).items() if not k.endswith('num_batches_tracked')}
     assert 'stem.conv1.norm.weight' in d2 and 'res5.0.shortcut.norm.running_var' in d2
     (tmp_path/'dino_RN50_pretrain_d2_format.pkl').write_bytes(pickle.dumps(dict(model=d2, __author__='MOCO', matching_heuristics=True), protocol=2))
     trunks = []
     for name in ('dino_resnet50_pretrain.pth', 'full.pth', 'dino_RN50_pretrain_d2_format.pkl'):
         m = build_model(dict(TINY, depth=50, width=64, n_blocks=[], norm='SyncBN'))
-        report = M.load_weights(m, tmp_path/name)
+        report = load_weights(m, tmp_path/name)
         trunk = {k: v for k, v in m.state_dict().items() if 'bottom_up' in k and not k.endswith('num_batches_tracked')}
         assert len(trunk) == 265 and set(trunk) <= set(report.loaded) and not report.mismatched and all('bottom_up' not in k for k in report.missing)
         assert report.unexpected == (['head.mlp.0.weight'] if name == 'full.pth' else [])
@@ -454,26 +459,26 @@ def test_a_released_checkpoint(tmp_path):
     optimizer = torch.optim.SGD(a.parameters(), .1, momentum=.9)
     sum(p.sum() for p in a.parameters()).backward(); optimizer.step()
     torch.save(dict(model=state, optimizer=optimizer.state_dict(), scheduler=dict(base_lrs=[.1], last_epoch=89999), iteration=89999), tmp_path/'cocotrain_800_0089999.pth')
-    report = M.load_weights(b, tmp_path/'cocotrain_800_0089999.pth')
+    report = load_weights(b, tmp_path/'cocotrain_800_0089999.pth')
     assert len(report.loaded) == len(a.state_dict()) and not report.missing + report.unexpected + report.mismatched
-    other = model(0, n_things=9); report = M.load_weights(other, tmp_path/'cocotrain_800_0089999.pth')
+    other = model(0, n_things=9); report = load_weights(other, tmp_path/'cocotrain_800_0089999.pth')
     assert len(report.mismatched) == 8 and len(report.loaded) == len(a.state_dict()) - 8
 
 def test_every_kind_of_file(tmp_path):
     a, b = model(0), model(1)
     state = a.state_dict()
-    M.save_weights(a, tmp_path/'model.safetensors')
+    save_weights(a, tmp_path/'model.safetensors')
     torch.save(dict(model=state | {'pixel_mean': torch.zeros(3, 1, 1)}, iteration=5), tmp_path/'model.pth')
     torch.save({'module.' + k: v for k, v in state.items()}, tmp_path/'ddp.pth')
     arrays = {k: v.numpy() for k, v in state.items()}
     (tmp_path/'model.pkl').write_bytes(pickle.dumps(dict(model=arrays, __author__='d2'), protocol=2))
     for name in ('model.safetensors', 'model.pth', 'ddp.pth', 'model.pkl'):
         for p in b.parameters(): p.data.zero_()
-        report = M.load_weights(b, tmp_path/name)
+        report = load_weights(b, tmp_path/name)
         assert all((b.state_dict()[k] == v).all() for k, v in state.items()), name
         assert len(report.loaded) == len(state) and not report.missing + report.unexpected + report.mismatched
     (tmp_path/'trunk.pkl').write_bytes(pickle.dumps(dict(model={k.removeprefix('backbone.bottom_up.'): v for k, v in arrays.items() if 'bottom_up' in k}, matching_heuristics=True)))
-    assert set(M.load_weights(b, tmp_path/'trunk.pkl').loaded) == {k for k in state if 'bottom_up' in k}
+    assert set(load_weights(b, tmp_path/'trunk.pkl').loaded) == {k for k in state if 'bottom_up' in k}
     assert M.read_config(tmp_path/'model.yaml') == a.config
 
 def test_what_does_not_fit_is_named_and_left_alone(tmp_path):
@@ -481,19 +486,19 @@ def test_what_does_not_fit_is_named_and_left_alone(tmp_path):
     state = a.state_dict(); state['extra.weight'] = torch.zeros(2); del state['sem_seg_head.predictor.bias']
     torch.save(state, tmp_path/'a.pth')
     before = b.state_dict()['roi_heads.mask_head.predictor.weight'].clone()
-    report = M.load_weights(b, tmp_path/'a.pth')
+    report = load_weights(b, tmp_path/'a.pth')
     assert report.missing == ['sem_seg_head.predictor.bias'] and report.unexpected == ['extra.weight']
     assert [m.split(' ')[0] for m in report.mismatched] == [f'roi_heads.box_predictor.{i}.cls_score.{p}' for i in range(3) for p in ('weight', 'bias')] + [f'roi_heads.mask_head.predictor.{p}' for p in ('weight', 'bias')]
     assert (b.state_dict()['roi_heads.mask_head.predictor.weight'] == before).all()
     assert 'extra.weight' in str(report) and '[4, 16], here [6, 16]' in str(report)
     torch.save(dict(other=torch.zeros(1)), tmp_path/'b.pth')
-    with pytest.raises(ValueError, match='not one weight fits'): M.load_weights(b, tmp_path/'b.pth')
+    with pytest.raises(ValueError, match='not one weight fits'): load_weights(b, tmp_path/'b.pth')
 
 def test_what_a_later_stage_learns_anew_is_withheld(tmp_path):
     a, b = model(0), model(1)
-    M.save_weights(a, tmp_path/'model.safetensors')
+    save_weights(a, tmp_path/'model.safetensors')
     before = {k: v.clone() for k, v in b.state_dict().items()}
-    report = M.load_weights(b, tmp_path/'model.safetensors', without=('.cls_score.', 'mask_head.predictor.'))
+    report = load_weights(b, tmp_path/'model.safetensors', without=('.cls_score.', 'mask_head.predictor.'))
     assert report.withheld == [k for k in before if '.cls_score.' in k or 'mask_head.predictor.' in k] and len(report.withheld) == 8
     assert set(report.loaded) | set(report.withheld) == set(before) and not report.missing + report.mismatched
     for k, v in b.state_dict().items(): assert torch.equal(v, before[k] if k in report.withheld else a.state_dict()[k])
@@ -507,14 +512,14 @@ def test_malicious_pickles_do_not_run(tmp_path):
     m = model()
     for name, write in (('a.pkl', lambda x: (tmp_path/'a.pkl').write_bytes(pickle.dumps(x))), ('a.pth', lambda x: torch.save(x, tmp_path/'a.pth'))):
         write(dict(model=Malicious(str(tmp_path/'owned'))))
-        with pytest.raises(ValueError, match='cannot be read as weights'): M.load_weights(m, tmp_path/name)
+        with pytest.raises(ValueError, match='cannot be read as weights'): load_weights(m, tmp_path/name)
         assert not (tmp_path/'owned').exists()
     pickle.loads(pickle.dumps(Malicious(str(tmp_path/'owned'))))            # the attack works on those who open the door
     assert (tmp_path/'owned').exists()
 
 @pytest.mark.parametrize('name', ['a.safetensors', 'a.pth', 'a.pkl'])
 def test_broken_files_are_named(tmp_path, name):
-    M.save_weights(model(), tmp_path/'whole.safetensors')
+    save_weights(model(), tmp_path/'whole.safetensors')
     for data in (b'', b'nonsense' * 40, (tmp_path/'whole.safetensors').read_bytes()[:900]):
         (tmp_path/name).write_bytes(data)
         with pytest.raises(ValueError, match=name): read_weights(tmp_path/name)
@@ -522,9 +527,9 @@ def test_broken_files_are_named(tmp_path, name):
 
 def test_weights_in_half_precision_are_half_the_file_and_read_back(tmp_path):
     a, b = model(0), model(1)
-    M.save_weights(a, tmp_path/'whole.safetensors'); M.save_weights(a, tmp_path/'half.safetensors', dtype=torch.float16)
+    save_weights(a, tmp_path/'whole.safetensors'); save_weights(a, tmp_path/'half.safetensors', dtype=torch.float16)
     assert (tmp_path/'half.safetensors').stat().st_size < .6 * (tmp_path/'whole.safetensors').stat().st_size
-    assert len(M.load_weights(b, tmp_path/'half.safetensors').loaded) == len(a.state_dict())
+    assert len(load_weights(b, tmp_path/'half.safetensors').loaded) == len(a.state_dict())
     for x, y in zip(a.state_dict().values(), b.state_dict().values()):
         assert y.dtype == x.dtype and torch.allclose(x.float(), y.float(), rtol=1e-3, atol=1e-6)
 

@@ -9,6 +9,7 @@ import yaml
 from PIL import Image
 
 from u2seg import evaluate, scenes
+from u2seg.truth import read_truth, truth_map
 from u2seg.images import encode_rle, ids_to_rgb, read_json, write_json, write_png
 from u2seg.recipes import overlay
 from u2seg.stage import declared, load_params, run_check, stage_notebook, stage_values, stages
@@ -48,10 +49,10 @@ def run(repo, *names):
 
 @pytest.fixture(scope='module')
 def repo(tmp_path_factory):
-    if not (root/'out'/'pretrain'/'backbone.safetensors').is_file(): pytest.skip('out/pretrain is not here: dvc pull pretrain')
+    if not (root/'out'/'features'/'backbone.safetensors').is_file(): pytest.skip('out/features is not here: dvc pull features')
     repo = tmp_path_factory.mktemp('own')
     for name in ('nbs', 'u2seg', 'configs'): (repo/name).symlink_to(root/name)
-    shutil.copytree(root/'out'/'pretrain', repo/'out'/'pretrain')
+    shutil.copytree(root/'out'/'features', repo/'out'/'features')
     shutil.copy(root/'README.md', repo)
     params = yaml.safe_load((root/'params.yaml').read_text())
     for changes in (small, quicker): params = overlay(params, changes)
@@ -70,7 +71,7 @@ def change(repo, **sections):
 
 
 def test_a_folder_without_labels_goes_all_the_way(repo):
-    run(repo, *[s for s in stages(repo) if s != 'pretrain'])
+    run(repo, *[s for s in stages(repo) if s != 'features'])
     assert read_json('out/maskcut/metrics.json')['n_skipped'] == 1 and read_json('out/panoptic/metrics.json')['n_images'] == N
     assert {'photos/0.jpg', 'photos/a/1.png', 'photos/a/b c/2.BMP', 'photos/ä/3.webp', 'photos/4.tif', 'photos/a/5.gif'} < {im['file_name'] for im in read_json('out/cutler/instances.json')['images']}
     for figure in ('pictures', 'matching', 'classes', 'failures'): assert Image.open(f'out/evaluate/{figure}.png').size[0] > 100       # galleries
@@ -118,9 +119,9 @@ def test_instance_files_are_read_as_they_are(tmp_path):
     polygon = [[4, 3, 20, 3, 20, 9, 4, 9]]
     coco = dict(images=[dict(id=5, file_name='x.jpg', width=30, height=20)], categories=[dict(id=2, name='box')], annotations=[dict(id=9, image_id=5, category_id=2, segmentation=s) for s in (rle, polygon)])
     write_json(tmp_path/'annotations'/'instances_val.json', coco)
-    truth = evaluate.read_truth(tmp_path, 'val')
+    truth = read_truth(tmp_path, 'val')
     assert truth['things'] == [2] and truth['stuff'] == [] and truth['images'][0]['file_name'] == 'val/x.jpg'
-    assert [a['area'] for a in truth['instances']['annotations']] == [96, 96] and (evaluate.truth_map(truth, 5) == np.where(mask, 2, 0)).all()
+    assert [a['area'] for a in truth['instances']['annotations']] == [96, 96] and (truth_map(truth, 5) == np.where(mask, 2, 0)).all()
 
 
 @pytest.mark.parametrize('broken,message', [
@@ -128,7 +129,7 @@ def test_instance_files_are_read_as_they_are(tmp_path):
     (dict(images=[dict(id=1, height=2, width=2, file_name='a')], categories=[], annotations=[dict(image_id=2, segmentation=[[0, 0, 1, 1, 1, 0]])]), 'not a COCO')])
 def test_what_is_no_coco_file_is_refused_in_one_sentence(tmp_path, broken, message):
     write_json(tmp_path/'annotations'/'instances_val.json', broken)
-    with pytest.raises(ValueError, match=message) as e: evaluate.read_truth(tmp_path, 'val')
+    with pytest.raises(ValueError, match=message) as e: read_truth(tmp_path, 'val')
     assert 'instances_val.json' in str(e.value)
 
 
@@ -140,14 +141,14 @@ def test_coco_s_own_instances_are_what_ap_is_scored_on(tmp_path):
     images = [dict(id=4, file_name='x.jpg', width=30, height=20), dict(id=6, file_name='y.jpg', width=30, height=20)]
     for name in ('4.png', '6.png'): write_png(tmp_path/'annotations'/'panoptic_val'/name, ids_to_rgb(ids))
     write_json(tmp_path/'annotations'/'panoptic_val.json', dict(images=images, categories=categories, annotations=[dict(image_id=4, file_name='4.png', segments_info=segments), dict(image_id=6, file_name='6.png', segments_info=[])]))
-    areas = lambda **kw: sorted(a['area'] for a in evaluate.read_truth(tmp_path, 'val', **kw)['instances']['annotations'])
+    areas = lambda **kw: sorted(a['area'] for a in read_truth(tmp_path, 'val', **kw)['instances']['annotations'])
     assert areas() == [60, 100]                                        # cut out of the map
     box = lambda x: [[x, 2, x + 10, 2, x + 10, 12, x, 12]]
     coco = dict(images=images, categories=[dict(id=5, name='cup', supercategory='kitchen')], annotations=[dict(id=i, image_id=4, category_id=5, iscrowd=0, area=100, segmentation=box(x)) for i, x in ((71, 2), (72, 8))])
     write_json(tmp_path/'annotations'/'instances_val.json', coco)
     assert areas() == [100, 100] and areas(n_images=1) == [100, 100]
-    truth = evaluate.read_truth(tmp_path, 'val')
-    assert truth['stuff'] == [8] and evaluate.truth_map(truth, 4)[16, 0] == 8                      # the panoptic truth stays
+    truth = read_truth(tmp_path, 'val')
+    assert truth['stuff'] == [8] and truth_map(truth, 4)[16, 0] == 8                      # the panoptic truth stays
     found = [dict(a, score=1.) for a in truth['instances']['annotations']]
     assert evaluate.score_agnostic({4: dict(instances=found)}, truth)['agnostic_mask_AP'] == 1
     write_json(tmp_path/'annotations'/'instances_val.json', dict(coco, images=images[:1]))
@@ -165,7 +166,7 @@ def few_repo(tmp_path_factory):
     "A repository without results, of the smallest runs."
     repo = tmp_path_factory.mktemp('few')
     for name in ('nbs', 'u2seg', 'configs', 'README.md'): (repo/name).symlink_to(root/name)
-    shutil.copytree(root/'out'/'pretrain', repo/'out'/'pretrain')
+    shutil.copytree(root/'out'/'features', repo/'out'/'features')
     params = yaml.safe_load((root/'params.yaml').read_text())
     for changes in (small, quicker, quickest): params = overlay(params, changes)
     (repo/'params.yaml').write_text(yaml.safe_dump(params, sort_keys=False))
@@ -187,7 +188,7 @@ def few(few_repo, monkeypatch):
     with warnings.catch_warnings(): warnings.simplefilter('ignore'); yield give
     (few_repo/'params.yaml').write_bytes(kept)
     for folder in (few_repo/'out').iterdir():
-        if folder.name != 'pretrain': shutil.rmtree(folder)
+        if folder.name != 'features': shutil.rmtree(folder)
 
 
 def scene(i): return scenes.draw_scene((31, i))[0]

@@ -51,7 +51,7 @@ def scramble_truth(clone, back=False):
 def test_whole_pipeline(clone):
     assert 'fits the' in run(clone, 'u2seg', 'check')
     scramble_truth(clone)
-    assert ran(run(clone, 'dvc', 'repro', 'train')) == ['pretrain'] + before_truth   # none of them can have read ground truth
+    assert ran(run(clone, 'dvc', 'repro', 'train')) == ['features'] + before_truth   # none of them can have read ground truth
     scramble_truth(clone)
     run(clone, 'dvc', 'commit', '-q', '-f', *before_truth)                  # the image folder's digest covers the annotations beside it
     assert ran(run(clone, 'dvc', 'repro')) == ['evaluate', 'fewshot', 'report']
@@ -92,7 +92,7 @@ def test_a_changed_knob_reruns_its_stage_and_what_follows(clone):
     change(clone, dict(cluster=dict(k=small['cluster']['k'] - 1)))
     assert ran(run(clone, 'dvc', 'repro', 'panoptic')) == ['cluster', 'panoptic']
     status = json.loads(run(clone, 'dvc', 'status', '--json'))
-    assert not {'pretrain', 'maskcut', 'cutler', 'cluster', 'stego', 'panoptic'} & status.keys() and 'train' in status
+    assert not {'features', 'maskcut', 'cutler', 'cluster', 'stego', 'panoptic'} & status.keys() and 'train' in status
 
 
 @pytest.mark.parametrize('updates,message', [

@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from u2seg.images import decode_rle, read_ids, read_json, write_json, write_png
-from u2seg.model import build_model, save_weights
+from u2seg.checkpoints import save_weights
+from u2seg.model import build_model
 from u2seg.predict import U2Seg, as_image, category_names, find_images, free_memory, predict_folder
 
 TINY = dict(n_things=3, n_stuff=2, depth=18, width=8, n_blocks=[1, 1, 1, 1], norm='BN', fpn_norm='BN', fpn_channels=16, fc_dim=16, mask_dim=8, n_mask_convs=1, sem_dim=16, rpn_pre_test=40, rpn_post_test=20,

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from u2seg import stage as S
+from u2seg.shards import sharded
 
 WORKER = '''
 import sys, time
@@ -70,7 +71,7 @@ def test_one_worker_killed_and_restarted_loses_nothing(tmp_path, worker):
 @pytest.mark.parametrize('damage', [lambda b: b[:10], lambda b: b'', lambda b: b'[]', lambda b: b'{"a": 1}', lambda b: b'[1, 2, 3, 4]'])
 def test_damaged_shard_is_made_again(tmp_path, damage):
     items = [dict(id=i, file_name=str(i)) for i in range(8)]
-    run = lambda: S.sharded(items, lambda i: i['id'], lambda b: [dict(v=i) for i in b], tmp_path, key={}, shard_size=4)
+    run = lambda: sharded(items, lambda i: i['id'], lambda b: [dict(v=i) for i in b], tmp_path, key={}, shard_size=4)
     first = run(); shard = next(tmp_path.rglob('shard_000001.json')); shard.write_bytes(damage(shard.read_bytes()))
     assert run() == first
 
@@ -82,7 +83,7 @@ def test_a_file_that_changes_is_done_again_and_a_skipped_one_tried_again(tmp_pat
         if text == 'broken' and not (tmp_path/'mended').exists(): raise ValueError('broken')
         return text
     def work(batch): seen.append(len(batch)); return [dict(v=x, together=len(batch)) for x in batch]
-    run = lambda folder='work': S.sharded(items, load, work, tmp_path/folder, key={}, root=tmp_path, shard_size=6, batch_size=3)
+    run = lambda folder='work': sharded(items, load, work, tmp_path/folder, key={}, root=tmp_path, shard_size=6, batch_size=3)
     for i in range(12): (tmp_path/f'{i}.txt').write_text(f'no {i:02d}')
     (tmp_path/'4.txt').write_text('broken'); (tmp_path/'11.txt').unlink()
     records, skipped = run()
@@ -97,13 +98,13 @@ def test_a_file_that_changes_is_done_again_and_a_skipped_one_tried_again(tmp_pat
 @pytest.mark.parametrize('given', [dict(RANK='3'), dict(WORLD_SIZE='2'), dict(RANK='2', WORLD_SIZE='2'), dict(RANK='-1', WORLD_SIZE='2'), dict(RANK='x', WORLD_SIZE='2'), dict(RANK='0', WORLD_SIZE='0')])
 def test_workers_that_make_no_sense_are_refused(tmp_path, monkeypatch, given):
     for k, v in given.items(): monkeypatch.setenv(k, v)
-    with pytest.raises(ValueError, match='^the variables RANK and WORLD_SIZE, [^\n]*$'): S.sharded([dict(file_name='a')], lambda i: i, lambda b: [{}], tmp_path, key={})
+    with pytest.raises(ValueError, match='^the variables RANK and WORLD_SIZE, [^\n]*$'): sharded([dict(file_name='a')], lambda i: i, lambda b: [{}], tmp_path, key={})
 
 
 def test_fault_of_the_program_is_not_swallowed(tmp_path):
     def work(batch): raise ZeroDivisionError('bug')
-    with pytest.raises(ZeroDivisionError): S.sharded([dict(file_name='a')], lambda i: i, work, tmp_path, key={})
-    with pytest.raises(RuntimeError, match='more records'): S.sharded([dict(file_name='a')], lambda i: i, lambda b: [{}, {}], tmp_path, key={})
+    with pytest.raises(ZeroDivisionError): sharded([dict(file_name='a')], lambda i: i, work, tmp_path, key={})
+    with pytest.raises(RuntimeError, match='more records'): sharded([dict(file_name='a')], lambda i: i, lambda b: [{}, {}], tmp_path, key={})
 
 
 @pytest.fixture

@@ -7,11 +7,15 @@ import torch
 from torch import nn
 
 from u2seg import train
+from u2seg.batches import Kept
 from u2seg.augment import Augment
 from u2seg.images import decode_rle, encode_rle, instances_json, write_png
 from u2seg.model import build_model
 from u2seg.solver import Solver, lr_factor
-from u2seg.train import Batches, PseudoLabels, clip_gradients, detect, epoch_batches, fit, launch, parameter_groups, precise_bn, self_training_labels
+from u2seg.batches import Batches, PseudoLabels, epoch_batches
+from u2seg.optim import clip_gradients, parameter_groups, precise_bn
+from u2seg.selftrain import detect, self_training_labels
+from u2seg.train import fit, launch
 
 RECIPE = dict(n_iters=14, lr=.05, schedule='step', milestones=[8, 12], gamma=.1, flat_fraction=0., warmup_iters=3, warmup_factor=.001, optimizer='sgd', sgd_momentum=.9, weight_decay=1e-3,
               cls_lr_multiplier=2., clip_type='parameter', clip_value=1., loss_weights={}, amp=None, accumulate=1, ema_decay=0., precise_bn=0, checkpoint_period=4, log_every=3)
@@ -442,7 +446,7 @@ def test_detections_become_annotations_and_resume(data, tmp_path):
 def test_decoded_pictures_are_kept_up_to_a_bound(data, monkeypatch):
     whole = [data[i] for i in range(len(data))]
     assert len(data.kept) == len(data)
-    small = copy.copy(data); small.kept = train.Kept()
+    small = copy.copy(data); small.kept = Kept()
     monkeypatch.setattr(train, 'CACHE', 5 * 20 * 28 * 4)               # bytes of five pictures and their stuff
     for _ in range(2): again = [small[i] for i in range(len(small))]
     assert len(small.kept) == 5

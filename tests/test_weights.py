@@ -11,7 +11,8 @@ from torch import nn
 from u2seg.cli import main
 from u2seg.convert import convert, summary
 from u2seg.features import ViTFeatures
-from u2seg.model import build_model, load_weights, read_config, save_weights
+from u2seg.checkpoints import load_weights, save_weights
+from u2seg.model import build_model, read_config
 from u2seg.predict import U2Seg
 from u2seg.weights import find_weights, read_checkpoint, read_weights
 

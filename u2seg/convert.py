@@ -17,7 +17,9 @@ from torch import Tensor
 
 from .coco import check_segments, read_instances, read_panoptic
 from .images import encode_rle, instances_json, list_images, mask_to_box, read_ids, read_json, write_ids, write_json, write_png
-from .model import BLOCKS, build_model, load_weights, rename, rename_weights, save_weights
+from .backbone import BLOCKS
+from .checkpoints import load_weights, rename, rename_weights, save_weights
+from .model import build_model
 from .panoptic import stuff_map
 from .weights import SUFFIXES, read_weights
 

@@ -15,13 +15,18 @@ import torch
 from torch.utils.data import Dataset
 
 from .augment import Augment, masks_to_boxes
-from .evaluate import all_rows, read_truth, score, sound
+from .baselines import all_rows
+from .evaluate import score
+from .truth import read_truth, sound
 from .features import own_device
 from .images import read_ids, read_image, read_json, write_json
 from .matching import file_hash
-from .model import build_model, load_weights
+from .checkpoints import load_weights
+from .model import build_model
 from .solver import Solver
-from .train import CLASS_LAYERS, Batches, Kept, fit
+from .batches import Batches, Kept
+from .optim import CLASS_LAYERS
+from .train import fit
 
 # %% ../nbs/80_fewshot.ipynb #nested_subsets
 def nested_subsets(n:int,           # labelled pictures
