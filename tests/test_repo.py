@@ -1,5 +1,5 @@
 """The repository as a whole: library and notebooks agree, notebooks are clean and small, each knob has one place."""
-import os, re, shutil, subprocess, sys
+import configparser, os, re, shutil, subprocess, sys
 from pathlib import Path
 
 import nbformat
@@ -113,3 +113,46 @@ def test_random_state_and_checkpoints_name_their_device():
         for call in ast.walk(ast.parse(path.read_text())):
             if not isinstance(call, ast.Call) or not ast.unparse(call.func).startswith('torch.') or not isinstance(call.func, ast.Attribute): continue
             assert needs.get(call.func.attr, set()) <= {k.arg for k in call.keywords}, f'{path.name}: {ast.unparse(call)[:80]}'
+
+
+def settings():
+    parser = configparser.ConfigParser(delimiters=['='], interpolation=None)
+    parser.read(root/'settings.ini')
+    return dict(parser['DEFAULT'])
+
+
+def tracked(*patterns):
+    "Files that git knows or would add."
+    said = subprocess.run(['git', 'ls-files', '-co', '--exclude-standard', '--', *patterns], cwd=root, check=True, capture_output=True, text=True)
+    return [root/name for name in said.stdout.splitlines() if (root/name).is_file()]
+
+
+def test_the_package_cannot_be_taken_for_the_authors():
+    "github.com/u2seg/u2seg is the repository of the paper's authors, u2seg.github.io their page."
+    own = settings()
+    assert own['lib_name'] == 'u2seg-notebooks' and own['lib_path'] == 'u2seg'
+    for path in [root/'settings.ini', root/'setup.py', root/'CITATION.cff', *(root/'u2seg').glob('*.py')]:
+        assert 'github.com/u2seg' not in path.read_text() and 'u2seg.github.io' not in path.read_text(), path.name
+    assert (root/own['nbs_path']/own['readme_nb']).is_file()
+    first = (root/'README.md').read_text()[:600]
+    assert 'independent implementation' in first
+
+
+def test_the_citation_names_this_version_and_the_paper():
+    cff, own = yaml.safe_load((root/'CITATION.cff').read_text()), settings()
+    assert cff['version'] == own['version'] and cff['title'].startswith(own['lib_name'])
+    assert [r['title'] for r in cff['references']] == ['Unsupervised Universal Image Segmentation']
+    assert f"\n## {own['version']}\n" in (root/'CHANGELOG.md').read_text()
+
+
+def test_the_package_holds_its_data(tmp_path):
+    "What is not a module travels too: the mark of types, the default parameters."
+    subprocess.run([sys.executable, 'setup.py', '-q', 'build_py', '-d', tmp_path], cwd=root, check=True, capture_output=True)
+    assert {p.name for p in (tmp_path/'u2seg').iterdir() if p.is_file() and p.suffix != '.py'} == {'py.typed', 'embedded.yaml'}
+
+
+def test_public_ci_and_hooks_call_what_is_here():
+    job = yaml.safe_load((root/'.github'/'workflows'/'test.yml').read_text())['jobs']['test']
+    assert job['steps'][-1] == {'run': 'make test'} and '\ntest: ' in (root/'Makefile').read_text()
+    hooks = yaml.safe_load((root/'.pre-commit-config.yaml').read_text())['repos'][0]['hooks']
+    assert [h['id'] for h in hooks] == ['nbdev_clean', 'nbdev_export']
