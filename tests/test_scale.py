@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np, torch
 from torch import nn
 from u2seg.images import instances_json, write_json, write_png
-from u2seg.stage import sharded
+from u2seg.shards import sharded
 from u2seg.augment import Augment
 from u2seg.solver import Solver
-from u2seg.train import Batches, PseudoLabels, fit
+from u2seg.batches import Batches, PseudoLabels
+from u2seg.train import fit
 torch.set_num_threads(1)
 given, out, rank = Path(sys.argv[1]), Path(sys.argv[2]), int(os.environ['RANK'])
 with open(out/'pids', 'a') as f: f.write(f'{rank} {os.getpid()}\\n')

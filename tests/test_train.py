@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from u2seg import train
+from u2seg import batches, train
 from u2seg.batches import Kept
 from u2seg.augment import Augment
 from u2seg.images import decode_rle, encode_rle, instances_json, write_png
@@ -447,7 +447,7 @@ def test_decoded_pictures_are_kept_up_to_a_bound(data, monkeypatch):
     whole = [data[i] for i in range(len(data))]
     assert len(data.kept) == len(data)
     small = copy.copy(data); small.kept = Kept()
-    monkeypatch.setattr(train, 'CACHE', 5 * 20 * 28 * 4)               # bytes of five pictures and their stuff
+    monkeypatch.setattr(batches, 'CACHE', 5 * 20 * 28 * 4)               # bytes of five pictures and their stuff
     for _ in range(2): again = [small[i] for i in range(len(small))]
     assert len(small.kept) == 5
     for (a, s), (b, t) in zip(whole, again): assert torch.equal(a, b) and all(torch.equal(s[k], t[k]) for k in s)
