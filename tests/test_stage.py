@@ -140,6 +140,55 @@ def test_a_number_that_yaml_reads_as_text_is_a_number_where_one_is_asked_for(rep
     with pytest.raises(ValueError, match="one.b must be float, got '1e'"): values(b='1e')
 
 
+HEADER = """# Stage one: adds
+
+> A sum.
+
+| | |
+|---|---|
+| reads | READS |
+| writes | `sum.json`, **`kept.npy`**, `log.csv`, `metrics.json` |
+| cost | none |
+"""
+
+
+@pytest.mark.parametrize('reads,params,deps', [
+    ('`params.two` and `out/two/a.json`', ['one', 'two'], ['out/two/a.json']),
+    ('images of `data.val`, of the first `n`', ['one', 'data'], ['${data.root}']),
+    ('`configs/one.yaml`', ['one', {'configs/one.yaml': None}], None)])
+def test_the_header_of_a_notebook_is_the_stage_of_the_pipeline(repo, reads, params, deps):
+    root = repo()
+    path = root/'nbs'/'10_run_one.ipynb'
+    nb = nbformat.read(path, 4)
+    nb.cells.insert(0, nbformat.v4.new_markdown_cell(HEADER.replace('READS', reads)))
+    nb.cells[-1].source = 'if a:\n    from u2seg.low import b'
+    nbformat.write(nb, path)
+    (root/'u2seg').mkdir()
+    (root/'u2seg'/'low.py').write_text('def f():\n    from . import lower\n')
+    (root/'u2seg'/'lower.py').write_text('from .low import b\nimport os\n')
+    S.write_pipeline(root)
+    stage = yaml.safe_load((root/'dvc.yaml').read_text())['stages']['one']
+    code = ['nbs/10_run_one.ipynb', 'u2seg/low.py', 'u2seg/lower.py']
+    assert stage['cmd'] == 'u2seg run one'
+    assert stage['params'] == params
+    assert stage.get('deps') == (deps and code + deps)
+    assert stage['outs'] == [{'out/one/sum.json': {'push': False}}, 'out/one/kept.npy', {'out/one/run.ipynb': {'push': False}}]
+    assert stage['metrics'] == [{'out/one/metrics.json': {'push': False}}]
+    assert stage['plots'] == [{'out/one/log.csv': {'push': False}}]
+
+
+@pytest.mark.parametrize('header,message', [
+    (HEADER.replace('Stage one', 'One'), '# Stage one: what it does'), (HEADER.replace('> A', 'A'), 'and a quote'),
+    (HEADER.replace('| cost |', '| costs |'), "no row 'cost'"), (HEADER.replace('| reads |', '| takes |'), "no row 'reads'")])
+def test_a_header_of_another_form_is_refused(repo, header, message):
+    root = repo()
+    path = root/'nbs'/'10_run_one.ipynb'
+    nb = nbformat.read(path, 4)
+    nb.cells.insert(0, nbformat.v4.new_markdown_cell(header))
+    nbformat.write(nb, path)
+    with pytest.raises(ValueError, match=message): S.pipeline(root)
+
+
 def test_metrics_hold_no_nan(tmp_path):
     S.write_metrics(tmp_path/'metrics.json', dict(mean=np.float32('nan'), n=np.int64(3), deep=[dict(a=float('-inf'))], good=.1))
     assert json.loads((tmp_path/'metrics.json').read_text(), parse_constant=lambda name: pytest.fail(name)) == dict(mean=None, n=3, deep=[dict(a=None)], good=.1)
