@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from matplotlib.figure import Figure
-from u2seg.show import grid, overlay, overlay_masks, PALETTE, png_bytes, readable, save_figure
+from u2seg.show import class_colours, grid, overlay, overlay_classes, overlay_masks, PALETTE, png_bytes, readable, save_figure
 
 
 @pytest.fixture
@@ -97,6 +97,46 @@ def test_grid_places_pictures():
     assert titled.shape == (2*(40 + 18) + 4, 60, 3)
     for top in (18, 18 + 40 + 4 + 18):
         assert (titled[top + 2:top + 38, 2:58] == [255, 0, 0]).all() and (titled[top - 14:top - 4].min() < 128)
+
+
+def pixels(fig): return np.asarray(Image.open(io.BytesIO(png_bytes(fig))).convert('RGB'))
+
+
+def test_a_class_has_one_colour_whatever_the_numbers(photo):
+    "Against a loop over pixels: the tint is that of the category, the line that of the segment."
+    a = np.arange(13)[None].repeat(9, 0)//4                              # segments 0 (void), 1, 2, 3
+    b = np.array([0, 70_000, 5, 9])[a]                                   # the same under other numbers
+    segments = lambda ids: [dict(id=ids[0], category_id=300), dict(id=ids[1], category_id=300)]
+    got = overlay_classes(photo, a, segments([1, 2]), alpha=.4)
+    assert (got == overlay_classes(photo, b, segments([70_000, 5]), alpha=.4)).all()
+    for y in range(9):
+        for x in range(13):
+            want = photo[y, x].astype(float)
+            if a[y, x] in (1, 2): want = .6*want + .4*PALETTE[(300 - 1) % 255 + 1]      # segment 3 is not listed
+            if x < 12 and a[y, x + 1] != a[y, x]: want = .15*want + .85*255
+            assert np.abs(got[y, x] - want).max() <= .51, (y, x)
+
+
+def test_legend_and_row_labels_stand_beside_the_images():
+    black = np.zeros((40, 60, 3), np.uint8)
+    plain = pixels(grid([black]*4, n_columns=2))
+    colours = class_colours([dict(id=1, name='a thing'), dict(id=2, name='another'), dict(id=3, name='a third of a long name')])
+    full = pixels(grid([black]*4, n_columns=2, rows=['up', 'down'], legend=colours))
+    assert full.shape[1] == plain.shape[1] + 18
+    assert (full[:plain.shape[0], 18:] == plain).all()                   # the images stay as they are
+    assert full[:40, :18].min() < 128 and full[44:84, :18].min() < 128   # a label beside each row
+    below = full[plain.shape[0]:].reshape(-1, 3)
+    for colour in colours.values(): assert (below == colour).all(1).sum() >= 60
+    with pytest.raises(ValueError, match='rows must be 2 strings, got 1'): grid([black]*4, n_columns=2, rows=['up'])
+
+
+def test_a_shown_figure_has_no_speckle():
+    "Pixels of one colour stay of one colour; dithered, they become a mixture of two."
+    image = np.random.default_rng(0).integers(0, 256, (128, 256, 3), dtype=np.uint8)
+    image[:, 128:] = image[:1, 128:]                                     # each column of the right half is of one colour
+    shown = pixels(grid([image], n_columns=1))
+    assert shown.shape == image.shape
+    assert (shown[8:-8, 136:] == shown[8:9, 136:]).all()
 
 
 def test_save_figure_takes_any_figure(tmp_path):

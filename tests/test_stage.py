@@ -12,7 +12,7 @@ from u2seg.shards import sharded
 
 WORKER = '''
 import sys, time
-from u2seg.stage import sharded
+from u2seg.shards import sharded
 from u2seg.images import write_json
 folder, pause = sys.argv[1], float(sys.argv[2])
 items = [dict(id=i, file_name=f'{i}.jpg') for i in range(200)]
@@ -199,7 +199,7 @@ def test_metrics_hold_no_nan(tmp_path):
     ({'fewshot.augment.flip': 2.}, 'fewshot.augment.flip must lie in'), ({'cutler.network.depth': 19}, 'cutler.model setting depth must be one of'),
     ({'train.solver.lrr': 1.}, 'unknown name train.solver.lrr; allowed: accumulate'), ({'train.solver': 3}, 'train.solver must be a mapping, got 3'),
     ({'stego.crf.n_iters': -1}, 'stego.crf.n_iters must be at least 0'), ({'cutler.self_training.n_rounds': 9}, 'cutler.self_training.n_rounds must lie in 0 ... 2'),
-    ({'cutler.n_procs': 3}, 'cutler.solver.batch_size 8 must divide by n_procs 3'), ({'pretrain.vit.num_heads': 5}, 'pretrain.vit.embed_dim must be a multiple')])
+    ({'cutler.n_procs': 3}, 'cutler.solver.batch_size 8 must divide by n_procs 3'), ({'features.vit.num_heads': 5}, 'features.vit.embed_dim must be a multiple')])
 def test_errors_name_section_and_key(values, message):
     root = Path(__file__).parents[1]
     params = S.load_params(root)
@@ -209,7 +209,7 @@ def test_errors_name_section_and_key(values, message):
         for k in way: section = section.setdefault(k, {})
         section[last] = v
     with pytest.raises(ValueError) as e:
-        for stage in ('pretrain', 'cutler', 'stego', 'train', 'fewshot'):
+        for stage in ('features', 'cutler', 'stego', 'train', 'fewshot'):
             nb = nbformat.read(S.stage_notebook(root, stage), 4)
             S.run_check(stage, nb, S.stage_values(stage, params, S.declared(nb)) | {'root': str(root)})
     assert message in str(e.value) and '\n' not in str(e.value)
@@ -275,7 +275,7 @@ def test_publish_refuses_code_that_did_not_run(repo):
 def test_two_workers_run_one_stage(repo):
     root = repo(); path = root/'nbs'/'10_run_one.ipynb'; nb = nbformat.read(path, 4)
     nb.cells[3].source = """import os, time
-from u2seg.stage import sharded
+from u2seg.shards import sharded
 records, _ = sharded([dict(file_name=str(i)) for i in range(8)], lambda i: i, lambda b: [dict(name=i['file_name']) for i in b], root + '/out/.work/one', key={}, shard_size=2)
 time.sleep(int(os.environ['RANK']))
 len(records)"""
@@ -289,7 +289,7 @@ JOBS = """
 import os, sys, time
 from functools import partial
 from pathlib import Path
-from u2seg.stage import run_shared, sharded
+from u2seg.shards import run_shared, sharded
 folder = sys.argv[1]
 def job(i):
     with open(f'{folder}/done.log', 'a') as f: f.write(f'{i}\\n')
