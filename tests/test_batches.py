@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from u2seg.cluster import EMBEDDINGS, embed_crops
+from u2seg.crops import EMBEDDINGS, embed_crops
 from u2seg.kmeans import assign
 from u2seg.baselines import model_records
 from u2seg.features import ViTFeatures

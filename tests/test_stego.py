@@ -10,8 +10,9 @@ from PIL import Image
 from u2seg import labeller as labelling, stego
 from u2seg.correspondence import correspondence_loss, nearest_images, random_partners, random_points, sample, stego_loss
 from u2seg.images import normalize, read_image, to_tensor
+from u2seg.kmeans import spherical_kmeans
 from u2seg.labeller import (Head, Labeller, PatchFeatures, PcaHead, collect_files, extractor, gather_features, load_labeller, pixel_probs, probe_loss, read_semantic, save_labeller, segment,
-                            segmenter, spherical_kmeans, training_view, write_semantic)
+                            segmenter, training_view, write_semantic)
 from u2seg.stego import fit_kmeans, fit_labeller, fit_stego, linear_probe, load_stego_checkpoint, refit_probe, step_batch
 
 G = lambda seed=0: torch.Generator().manual_seed(seed)
@@ -158,10 +159,10 @@ def test_probe_moves_the_clusters_alone():
 
 
 def test_kmeans_reaches_a_fixed_point():
-    x = torch.randn(400, 6, generator=G()); k = spherical_kmeans(x, 5, seed=0, n_iters=200, n_starts=2)
+    x = torch.randn(400, 6, generator=G()); k = spherical_kmeans(x, 5, seed=0, n_iters=200, n_init=2)
     u = F.normalize(x, dim=1); label = (u @ k.T).argmax(1)
     for c in range(5): assert torch.allclose(F.normalize(u[label == c].mean(0), dim=0), k[c], atol=1e-3)
-    assert torch.equal(k, spherical_kmeans(x, 5, seed=0, n_iters=200, n_starts=2))
+    assert torch.equal(k, spherical_kmeans(x, 5, seed=0, n_iters=200, n_init=2))
     with pytest.raises(ValueError, match='5 clusters need 5'): spherical_kmeans(x[:4], 5, seed=0)
 
 

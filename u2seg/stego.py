@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 from .correspondence import correspondence, correspondence_loss, nearest_images, random_partners, random_points, sample, stego_loss, unit
 from .images import write_atomic
+from .kmeans import spherical_kmeans
 from .labeller import (Head, Labeller, PatchFeatures, PcaHead, cluster_cosines, collect_files, extractor, gather_features, load_labeller, patch_codes, pixel_probs, probe_loss,
-                            read_semantic, save_labeller, segment, segmenter, spherical_kmeans, training_view, write_semantic)
+                            read_semantic, save_labeller, segment, segmenter, training_view, write_semantic)
 from .weights import read_weights
 
 # %% ../nbs/55_stego.ipynb #step_batch
