@@ -20,6 +20,7 @@ import detectron2.modeling.roi_heads.roi_heads as d2_roi_heads
 
 import u2seg.model as ours
 from u2seg import cascade as cascade_module
+from u2seg import rpn as rpn_module
 from u2seg.boxes import box_iou, clip_boxes, decode_boxes
 from u2seg.cascade import cascade_losses
 from u2seg.rpn import top_proposals
@@ -163,7 +164,8 @@ def first_ones(monkeypatch):
     monkeypatch.setattr(d2_rpn, 'subsample_labels', subsample); monkeypatch.setattr(d2_roi_heads, 'subsample_labels', subsample)
     nms = d2_proposals.batched_nms
     for module in d2_proposals, d2_fast_rcnn: monkeypatch.setattr(module, 'batched_nms', lambda boxes, scores, *rest: nms(boxes, scores.float(), *rest))     # for double precision
-    monkeypatch.setattr(ours, 'random_keys', lambda n, seed, device: torch.arange(n, dtype=torch.float))
+    for module in cascade_module, rpn_module:
+        monkeypatch.setattr(module, 'random_keys', lambda n, seed, device: torch.arange(n).float())
 
 def compare_training(mine, theirs, images, targets):
     mine.train(); theirs.train()

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torchvision.ops import box_iou, roi_align
 
 import u2seg.model as M
+from u2seg import cascade, rpn
 from u2seg.boxes import box_iou, cell_anchors, clip_boxes, decode_boxes, encode_boxes, grid_anchors, match_anchors, match_regions, random_keys, sample
 from u2seg.cascade import choose
 from u2seg.checkpoints import load_weights, rename_weights, save_weights
@@ -146,10 +147,10 @@ def test_regions_match_within_their_own_picture():
 def test_sampling_takes_the_smallest_keys_and_keeps_the_share():
     positive, negative = torch.arange(100) < 40, torch.arange(100) >= 50
     keys = random_keys(100, 7, torch.device('cpu'))
-    p, n = sample(positive, negative, keys, n=32, share=.25)
+    p, n = sample(positive, negative, keys, n=32, fraction=.25)
     assert len(p) == 8 and len(n) == 24 and positive[p].all() and negative[n].all()
     assert set(p.tolist()) == set(sorted(range(40), key=lambda i: keys[i])[:8])
-    p, n = sample(torch.arange(100) < 2, negative, keys, n=32, share=.25)
+    p, n = sample(torch.arange(100) < 2, negative, keys, n=32, fraction=.25)
     assert len(p) == 2 and len(n) == 30                                    # background fills up
     assert (keys == random_keys(100, 7, torch.device('cpu'))).all()
 
@@ -260,7 +261,7 @@ def label_one(box, t, iou, K):
 
 @pytest.mark.parametrize('droploss', [0., .4])
 def test_losses_and_gradients_against_loops(monkeypatch, droploss):
-    monkeypatch.setattr(M, 'random_keys', lambda n, seed, device: torch.arange(n, dtype=torch.float))
+    for module in rpn, cascade: monkeypatch.setattr(module, 'random_keys', lambda n, seed, device: torch.arange(n).float())
     m = model(norm='GN', fpn_norm='GN', droploss=droploss, cascade_ious=[.4, .45, .5], roi_positive=.5).train()
     for k, v in m.state_dict().items():
         if 'cls_score.weight' in k or 'objectness' in k: v.normal_(std=.2)

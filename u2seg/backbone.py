@@ -14,50 +14,61 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-# %% ../nbs/30_backbone.ipynb #BLOCKS
-BLOCKS = {18: [2, 2, 2, 2], 34: [3, 4, 6, 3], 50: [3, 4, 6, 3], 101: [3, 4, 23, 3]}
-
 # %% ../nbs/30_backbone.ipynb #SyncBatchNorm
 class SyncBatchNorm(nn.SyncBatchNorm):
     "Batch normalisation over all processes, on CPU too."
     def forward(self, x):
-        if not (self.training and dist.is_initialized() and dist.get_world_size() > 1): return F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self._factor(), self.eps)
+        if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training,
+                                self._factor(), self.eps)
         if x.is_cuda: return super().forward(x)
         from torch.distributed.nn.functional import all_reduce     # differentiable
         y = x.float()                                               # sums of bfloat16 would lose the variance
-        s = all_reduce(torch.cat([y.sum((0, 2, 3)), (y * y).sum((0, 2, 3)), y.new_tensor([y.numel() / y.shape[1]])]))
-        n, (mean, square) = s[-1].item(), (s[:-1] / s[-1]).chunk(2)
-        var = square - mean * mean
+        count = y.new_tensor([y.numel() / y.shape[1]])
+        sums = all_reduce(torch.cat([y.sum((0, 2, 3)), (y*y).sum((0, 2, 3)), count]))
+        n = sums[-1].item()
+        mean, square = (sums[:-1] / sums[-1]).chunk(2)
+        var = square - mean*mean
         with torch.no_grad():
-            f = self._factor()
-            self.running_mean.lerp_(mean.detach(), f); self.running_var.lerp_(var.detach() * n / max(n - 1, 1), f)
-        scale = self.weight * (var + self.eps).rsqrt()
-        return (y * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]).to(x.dtype)
+            factor = self._factor()
+            self.running_mean.lerp_(mean.detach(), factor)
+            self.running_var.lerp_(var.detach()*n / max(n - 1, 1), factor)
+        scale = self.weight*(var + self.eps).rsqrt()
+        return (y*scale[:, None, None] + (self.bias - mean*scale)[:, None, None]).to(x.dtype)
 
     def _factor(self):
         if not self.training: return 0.
         self.num_batches_tracked += 1
         return 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
 
-# %% ../nbs/30_backbone.ipynb #Conv
-def norm_layer(name:str, channels:int)->nn.Module:
+# %% ../nbs/30_backbone.ipynb #norm_layer
+def norm_layer(name:str,     # 'SyncBN', 'BN', 'GN' or 'FrozenBN'
+               channels:int)->nn.Module:
     "A normalisation layer by detectron2's name."
     if name == 'GN': return nn.GroupNorm(math.gcd(32, channels), channels)
-    return {'SyncBN': SyncBatchNorm, 'BN': nn.BatchNorm2d, 'FrozenBN': FrozenBatchNorm2d}[name](channels)
+    return dict(SyncBN=SyncBatchNorm, BN=nn.BatchNorm2d, FrozenBN=FrozenBatchNorm2d)[name](channels)
 
+# %% ../nbs/30_backbone.ipynb #Conv
 class Conv(nn.Conv2d):
     "Convolution, then `norm`, then ReLU; parameters `weight`, `norm.*`, or `weight`, `bias` without norm."
     def __init__(self, c_in:int, c_out:int, kernel:int, *, stride:int=1, norm:str='', relu:bool=False):
         super().__init__(c_in, c_out, kernel, stride, kernel // 2, bias=not norm)
-        self.norm, self.relu = norm_layer(norm, c_out) if norm else None, relu
+        self.norm = norm_layer(norm, c_out) if norm else None
+        self.relu = relu
         nn.init.kaiming_normal_(self.weight, mode='fan_out', nonlinearity='relu')
         if self.bias is not None: nn.init.zeros_(self.bias)
 
+    def _is_linear(self):
+        "Whether the norm's statistics are fixed, so that it joins the convolution."
+        batch_norm = isinstance(self.norm, nn.modules.batchnorm._BatchNorm)
+        return isinstance(self.norm, FrozenBatchNorm2d) or batch_norm and not self.norm.training
+
     def forward(self, x):
-        if isinstance(self.norm, FrozenBatchNorm2d) or isinstance(self.norm, nn.modules.batchnorm._BatchNorm) and not self.norm.training:
-            scale = self.norm.weight * (self.norm.running_var + self.norm.eps).rsqrt()       # statistics at rest: one convolution
-            x = F.conv2d(x, self.weight * scale[:, None, None, None], self.norm.bias - self.norm.running_mean * scale, self.stride, self.padding)
+        if self._is_linear():
+            norm = self.norm
+            scale = norm.weight*(norm.running_var + norm.eps).rsqrt()
+            weight = self.weight*scale[:, None, None, None]
+            x = F.conv2d(x, weight, norm.bias - norm.running_mean*scale, self.stride, self.padding)
         else:
             x = super().forward(x)
             if self.norm is not None: x = self.norm(x)
@@ -66,7 +77,9 @@ class Conv(nn.Conv2d):
 # %% ../nbs/30_backbone.ipynb #Block
 class Block(nn.Module):
     "Residual block; with a `bottleneck`, 1x1 - 3x3 - 1x1, the stride in the 3x3 (ResNet, fig. 5)."
-    def __init__(self, c_in:int, c_out:int, *, bottleneck:int, stride:int, norm:str):
+    def __init__(self, c_in:int, c_out:int, *,
+                 bottleneck:int, # channels of the 3x3; 0: two 3x3 without a bottleneck
+                 stride:int, norm:str):
         super().__init__()
         self.shortcut = Conv(c_in, c_out, 1, stride=stride, norm=norm) if c_in != c_out or stride > 1 else None
         if bottleneck:
@@ -75,34 +88,49 @@ class Block(nn.Module):
             self.conv3 = Conv(bottleneck, c_out, 1, norm=norm)
         else:
             self.conv1 = Conv(c_in, c_out, 3, stride=stride, norm=norm, relu=True)
-            self.conv2, self.conv3 = Conv(c_out, c_out, 3, norm=norm), None
+            self.conv2 = Conv(c_out, c_out, 3, norm=norm)
+            self.conv3 = None
 
     def forward(self, x):
         y = self.conv2(self.conv1(x))
         if self.conv3 is not None: y = self.conv3(y)
         return F.relu_(y + (x if self.shortcut is None else self.shortcut(x)))
 
-# %% ../nbs/30_backbone.ipynb #ResNet
+# %% ../nbs/30_backbone.ipynb #Stem
 class Stem(nn.Module):
+    "Images [b, 3, H, W] -> [b, width, H / 4, W / 4], or H / 2, W / 2 without the pooling."
     def __init__(self, width:int, *, kernel:int, pool:bool, norm:str):
         super().__init__()
-        self.conv1, self.pool = Conv(3, width, kernel, stride=2, norm=norm, relu=True), pool
+        self.conv1 = Conv(3, width, kernel, stride=2, norm=norm, relu=True)
+        self.pool = pool
 
     def forward(self, x):
         x = self.conv1(x)
         return F.max_pool2d(x, 3, 2, 1) if self.pool else x
 
+# %% ../nbs/30_backbone.ipynb #ResNet
+BLOCKS = {18: [2, 2, 2, 2], 34: [3, 4, 6, 3], 50: [3, 4, 6, 3], 101: [3, 4, 23, 3]} # of each stage, by depth
+
 class ResNet(nn.Module):
     "Images [b, 3, H, W] -> {'res2': ..., 'res5': ...}; `strides` and `channels` likewise."
-    def __init__(self, depth:int, *, width:int, n_blocks:list[int], stem_kernel:int, stem_pool:bool, norm:str):
+    def __init__(self, depth:int,         # 18, 34, 50 or 101
+                 *, width:int,            # channels of the stem
+                 n_blocks:list[int],      # of each stage; []: as the depth says
+                 stem_kernel:int, stem_pool:bool, norm:str):
         super().__init__()
         self.stem = Stem(width, kernel=stem_kernel, pool=stem_pool, norm=norm)
-        c_in, stride, bottleneck = width, 4 if stem_pool else 2, width if depth >= 50 else 0
         self.strides, self.channels = {}, {}
+        c_in, stride = width, 4 if stem_pool else 2
         for i, n in enumerate(n_blocks or BLOCKS[depth]):
-            name, c_out, first = f'res{i + 2}', width * 2**i * (4 if bottleneck else 1), 1 if i == 0 else 2
-            self.add_module(name, nn.Sequential(*(Block(c_in if j == 0 else c_out, c_out, bottleneck=bottleneck * 2**i, stride=first if j == 0 else 1, norm=norm) for j in range(n))))
-            stride, c_in = stride * first, c_out
+            name = f'res{i + 2}'
+            mid = width*2**i
+            c_out, bottleneck = (4*mid, mid) if depth >= 50 else (mid, 0)
+            first = 1 if i == 0 else 2
+            steps = [first] + [1]*(n - 1)
+            ins = [c_in] + [c_out]*(n - 1)
+            blocks = [Block(c, c_out, bottleneck=bottleneck, stride=s, norm=norm) for c, s in zip(ins, steps)]
+            self.add_module(name, nn.Sequential(*blocks))
+            stride, c_in = stride*first, c_out
             self.strides[name], self.channels[name] = stride, c_out
 
     def forward(self, x):
@@ -112,16 +140,21 @@ class ResNet(nn.Module):
 
 # %% ../nbs/30_backbone.ipynb #FPN
 class FPN(nn.Module):
-    "Feature pyramid (Lin et al. 2017): images [b, 3, H, W] -> [p2, ..., p6], each [b, c, H / stride, W / stride]."
-    def __init__(self, bottom_up:ResNet, *, first:int, channels:int, norm:str):
+    "Feature pyramid (FPN, section 3): images [b, 3, H, W] -> [p2, ..., p6], each [b, c, H / stride, W / stride]."
+    def __init__(self, bottom_up:ResNet, *,
+                 first:int,       # the pyramid stands on res{first} ... res5
+                 channels:int, norm:str):
         super().__init__()
-        self.bottom_up, self.names = bottom_up, [f'res{i}' for i in range(first, 6)]
+        self.bottom_up = bottom_up
+        self.names = [f'res{i}' for i in range(first, 6)]
         self.levels = [int(math.log2(bottom_up.strides[n])) for n in self.names]
-        self.strides = [2**l for l in self.levels] + [2 * 2**self.levels[-1]]
+        self.strides = [2**l for l in self.levels] + [2*2**self.levels[-1]]
         for n, l in zip(self.names, self.levels):
-            for name, conv in (f'fpn_lateral{l}', Conv(bottom_up.channels[n], channels, 1, norm=norm)), (f'fpn_output{l}', Conv(channels, channels, 3, norm=norm)):
-                nn.init.kaiming_uniform_(conv.weight, a=1)
-                self.add_module(name, conv)
+            lateral = Conv(bottom_up.channels[n], channels, 1, norm=norm)
+            output = Conv(channels, channels, 3, norm=norm)
+            for conv in lateral, output: nn.init.kaiming_uniform_(conv.weight, a=1)
+            self.add_module(f'fpn_lateral{l}', lateral)
+            self.add_module(f'fpn_output{l}', output)
 
     def forward(self, x):
         bottom, top, out = self.bottom_up(x), None, []

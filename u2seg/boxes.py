@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 # %% ../nbs/31_boxes.ipynb #boxes
-def box_area(boxes:Tensor)->Tensor: return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+def box_area(boxes:Tensor # [..., 4] xyxy
+             )->Tensor:   # [...]
+    return (boxes[..., 2] - boxes[..., 0])*(boxes[..., 3] - boxes[..., 1])
 
 def box_iou(a:Tensor, b:Tensor)->Tensor: # [n, 4], [m, 4] xyxy -> [n, m]
     "Intersection over union of all pairs; 0 where both are empty."
@@ -22,44 +24,60 @@ def box_iou(a:Tensor, b:Tensor)->Tensor: # [n, 4], [m, 4] xyxy -> [n, m]
     inter = w.mul_(h)
     return inter / (box_area(a)[:, None] + box_area(b)[None] - inter).clamp_(min=1e-9)
 
+# %% ../nbs/31_boxes.ipynb #clip_boxes
 def clip_boxes(boxes:Tensor, # [..., 4] xyxy
-               height:int|Tensor, width:int|Tensor)->Tensor:
-    "Cut boxes at the picture's edges."
-    if isinstance(height, int): return torch.stack([boxes[..., 0].clamp(0, width), boxes[..., 1].clamp(0, height), boxes[..., 2].clamp(0, width), boxes[..., 3].clamp(0, height)], -1)
+               height:int|Tensor, width:int|Tensor # of the image; tensors [...] if each box has its own
+               )->Tensor:    # [..., 4]
+    "Cut boxes at the image's edges."
+    if isinstance(height, int):
+        x0, y0, x1, y1 = boxes.unbind(-1)
+        return torch.stack([x0.clamp(0, width), y0.clamp(0, height), x1.clamp(0, width), y1.clamp(0, height)], -1)
     zero = torch.zeros_like(height)
     return boxes.clamp(zero[..., None], torch.stack([width, height, width, height], -1))
 
 # %% ../nbs/31_boxes.ipynb #box_coding
-def encode_boxes(boxes:Tensor, targets:Tensor, weights=(1., 1., 1., 1.))->Tensor: # [n, 4] xyxy, [n, 4] xyxy -> [n, 4]
-    "The deltas that move `boxes` onto `targets` (R-CNN, appendix C)."
-    size, goal = boxes[:, 2:] - boxes[:, :2], targets[:, 2:] - targets[:, :2]
-    shift = ((targets[:, :2] + .5 * goal) - (boxes[:, :2] + .5 * size)) / size
-    return torch.cat([shift, torch.log(goal / size)], 1) * boxes.new_tensor(weights)
+def encode_boxes(boxes:Tensor,   # [n, 4] xyxy
+                 targets:Tensor, # [n, 4] xyxy
+                 weights=(1., 1., 1., 1.))->Tensor: # [n, 4]
+    "The deltas that move `boxes` onto `targets`."
+    size = boxes[:, 2:] - boxes[:, :2]
+    new_size = targets[:, 2:] - targets[:, :2]
+    shift = ((targets[:, :2] + .5*new_size) - (boxes[:, :2] + .5*size)) / size
+    return torch.cat([shift, torch.log(new_size / size)], 1)*boxes.new_tensor(weights)
 
-def decode_boxes(boxes:Tensor, deltas:Tensor, weights=(1., 1., 1., 1.))->Tensor: # [..., 4] xyxy, [..., 4] -> [..., 4] xyxy
+def decode_boxes(boxes:Tensor,  # [..., 4] xyxy
+                 deltas:Tensor, # [..., 4]
+                 weights=(1., 1., 1., 1.))->Tensor: # [..., 4] xyxy
     "Move `boxes` by `deltas`; a side grows at most 62.5-fold."
     deltas = deltas.float() / deltas.new_tensor(weights, dtype=torch.float)
     size = boxes[..., 2:] - boxes[..., :2]
-    center = boxes[..., :2] + .5 * size + deltas[..., :2] * size
-    half = .5 * size * torch.exp(deltas[..., 2:].clamp(max=math.log(1000 / 16)))
+    center = boxes[..., :2] + .5*size + deltas[..., :2]*size
+    half = .5*size*torch.exp(deltas[..., 2:].clamp(max=math.log(1000 / 16)))
     return torch.cat([center - half, center + half], -1)
 
 # %% ../nbs/31_boxes.ipynb #anchors
 def cell_anchors(size:float, ratios:list[float])->Tensor: # [a, 4] xyxy about the origin
     "Anchors of area size**2 and height / width in `ratios`."
     w = torch.tensor([math.sqrt(size**2 / r) for r in ratios], dtype=torch.float64)
-    h = w * torch.tensor(ratios, dtype=torch.float64)
+    h = w*torch.tensor(ratios, dtype=torch.float64)
     return (torch.stack([-w, -h, w, h], 1) / 2).float()
 
-def grid_anchors(cell:Tensor, height:int, width:int, stride:int)->Tensor: # [height * width * a, 4], rows first
+def grid_anchors(cell:Tensor, # [a, 4] xyxy about the origin
+                 height:int, width:int, # of the feature map
+                 stride:int)->Tensor:   # [height * width * a, 4], rows first
     "The cell's anchors at every cell of the feature map, centred on its upper left corner (offset 0)."
-    y, x = torch.meshgrid(*(torch.arange(n, dtype=torch.float, device=cell.device) * stride for n in (height, width)), indexing='ij')
+    y, x = (torch.arange(n, dtype=torch.float, device=cell.device)*stride for n in (height, width))
+    y, x = torch.meshgrid(y, x, indexing='ij')
     return (torch.stack([x, y, x, y], -1).view(-1, 1, 4) + cell).view(-1, 4)
 
 # %% ../nbs/31_boxes.ipynb #match_anchors
-def match_anchors(gt:Tensor, anchors:Tensor, low:float, high:float)->tuple[Tensor, Tensor]: # int64 [n] index into gt, int8 [n] 1 | 0 | -1 (ignored)
+def match_anchors(gt:Tensor,      # [m, 4] xyxy
+                  anchors:Tensor, # [n, 4] xyxy
+                  low:float, high:float
+                  )->tuple[Tensor, Tensor]: # int64 [n] index into gt, int8 [n] 1 | 0 | -1 (ignored)
     "Object from IoU `high`, background below `low`; and each label's best anchors are objects, however low."
-    if not len(gt): return anchors.new_zeros(len(anchors), dtype=torch.long), anchors.new_zeros(len(anchors), dtype=torch.int8)
+    n = len(anchors)
+    if not len(gt): return anchors.new_zeros(n, dtype=torch.long), anchors.new_zeros(n, dtype=torch.int8)
     iou = box_iou(gt, anchors)
     best, index = iou.max(0)
     label = torch.where(best >= high, 1, torch.where(best < low, 0, -1)).to(torch.int8)
@@ -68,19 +86,26 @@ def match_anchors(gt:Tensor, anchors:Tensor, low:float, high:float)->tuple[Tenso
     return index, label
 
 # %% ../nbs/31_boxes.ipynb #match_regions
-def match_regions(boxes:Tensor, image:Tensor, gt:Tensor, gt_image:Tensor)->tuple[Tensor, Tensor]: # float [r] best IoU, int64 [r] index into gt
-    "Best label of each region among its own picture's; regions and labels of all pictures in one call."
+def match_regions(boxes:Tensor, image:Tensor, # [r, 4] xyxy, int64 [r]
+                  gt:Tensor, gt_image:Tensor, # [m, 4] xyxy, int64 [m]
+                  )->tuple[Tensor, Tensor]:   # float [r] best IoU, int64 [r] index into gt
+    "Best label of each region among those of its own image."
     if not len(gt): return boxes.new_zeros(len(boxes)), image.new_zeros(len(boxes))
-    return (box_iou(boxes, gt) * (image[:, None] == gt_image)).max(1)
+    return (box_iou(boxes, gt)*(image[:, None] == gt_image)).max(1)
 
 # %% ../nbs/31_boxes.ipynb #sample
 def random_keys(n:int, seed:int|None, device)->Tensor: # [n] uniform
-    "What decides the sampling: torch's global generator, or one made from the picture's own seed."
-    return torch.rand(n, device=device, generator=None if seed is None else torch.Generator(device).manual_seed(seed))
+    "Keys of the sampling, from torch's global generator or from one made of the image's own seed."
+    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+    return torch.rand(n, device=device, generator=generator)
 
-def sample(positive:Tensor, negative:Tensor, keys:Tensor, *, n:int, share:float)->tuple[Tensor, Tensor]: # indices of the chosen positives, negatives
-    "At most n, at most `share` of them positive, those of the smallest keys."
+def _smallest(index, keys, n): return index[keys[index].topk(n, largest=False).indices]
+
+def sample(positive:Tensor, negative:Tensor, # bool [r]
+           keys:Tensor,                      # [r]
+           *, n:int, fraction:float)->tuple[Tensor, Tensor]: # int64 indices of the chosen positives, negatives
+    "At most n, at most `fraction` of them positive, those of the smallest keys."
     positive, negative = positive.nonzero()[:, 0], negative.nonzero()[:, 0]
-    n_positive = min(len(positive), int(n * share))
-    pick = lambda index, m: index[keys[index].topk(m, largest=False).indices]
-    return pick(positive, n_positive), pick(negative, min(len(negative), n - n_positive))
+    n_positive = min(len(positive), int(n*fraction))
+    n_negative = min(len(negative), n - n_positive)
+    return _smallest(positive, keys, n_positive), _smallest(negative, keys, n_negative)

@@ -81,7 +81,7 @@ def sample_regions(proposals:list[Tensor], targets:list[dict], gt:dict, *, iou:f
     labels, index = label_regions(boxes, image, gt, iou=iou, n_things=n_things)
     chosen, start = [], 0
     for fore, t in zip((labels < n_things).split([len(p) for p in each]), targets):
-        chosen += [c + start for c in sample(fore, ~fore, random_keys(len(fore), t.get('seed'), boxes.device), n=batch, share=positive)]
+        chosen += [c + start for c in sample(fore, ~fore, random_keys(len(fore), t.get('seed'), boxes.device), n=batch, fraction=positive)]
         start += len(fore)
     chosen = torch.cat(chosen)
     return boxes[chosen], image[chosen], labels[chosen], index[chosen]

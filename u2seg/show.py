@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'MIDDLE', 'AREA', 'overlay', 'overlay_masks', 'overlay_classes', 'class_colours', 'Picture', 'grid',
-           'png_bytes', 'save_figure', 'readable']
+           'png_bytes', 'save_figure', 'draw_boxes', 'readable']
 
 # %% ../nbs/04_show.ipynb #imports
 import colorsys
@@ -170,6 +170,18 @@ def png_bytes(fig:Figure,
 def save_figure(fig:Figure, path):
     "Write a figure as a small PNG, atomically, with the same bytes each time."
     write_atomic(path, png_bytes(fig, dither=True))
+
+# %% ../nbs/04_show.ipynb #draw_boxes
+def draw_boxes(image:np.ndarray, # uint8 [H, W, 3]
+               groups:list,      # (boxes [n, 4] xyxy in pixels, array or tensor; matplotlib's colour)
+               *, scale:float=2.)->Picture:
+    "An image with groups of boxes on it."
+    fig = grid([image], n_columns=1, scale=scale)
+    for boxes, colour in groups:
+        for x0, y0, x1, y1 in boxes.tolist():
+            corner = x0 - .5, y0 - .5                              # imshow puts pixel 0 at -.5 ... .5
+            fig.axes[0].add_patch(Rectangle(corner, x1 - x0, y1 - y0, fill=False, color=colour, lw=1))
+    return fig
 
 # %% ../nbs/04_show.ipynb #readable
 def readable(items:Sequence,
