@@ -15,7 +15,8 @@ from u2seg.labeller import Head, Labeller, extractor, patch_codes, segment
 from u2seg.maskcut import label_images
 from u2seg.checkpoints import save_weights
 from u2seg.model import build_model
-from u2seg.predict import U2Seg, predict_folder
+from u2seg.folder import predict_folder
+from u2seg.predict import U2Seg
 from u2seg.selftrain import detect
 
 NETWORK = dict(n_things=3, n_stuff=3, depth=18, width=8, n_blocks=[1, 1, 1, 1], norm='BN', fpn_norm='BN', fpn_channels=16, fc_dim=16, mask_dim=8, n_mask_convs=1, sem_dim=16, rpn_pre_test=40,

@@ -27,7 +27,7 @@ from u2seg.cli import main
 from u2seg.images import encode_rle, instances_json, read_image, write_json, write_png
 from u2seg.checkpoints import save_weights
 from u2seg.model import build_model
-from u2seg.predict import predict_folder
+from u2seg.folder import predict_folder
 from u2seg.shards import sharded
 from u2seg.augment import Augment
 from u2seg.solver import Solver

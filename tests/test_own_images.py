@@ -92,7 +92,7 @@ def test_every_output_that_dvc_expects_is_there(repo): assert [p for p in declar
 
 
 def test_the_model_of_own_pictures_predicts(repo):
-    from u2seg.predict import predict_folder
+    from u2seg.folder import predict_folder
     assert predict_folder(repo/'mine'/'photos', repo/'out'/'train', repo/'segmented', device='cpu')['images'] == N
 
 

@@ -9,7 +9,8 @@ from PIL import Image
 from u2seg.images import decode_rle, read_ids, read_json, write_json, write_png
 from u2seg.checkpoints import save_weights
 from u2seg.model import build_model
-from u2seg.predict import U2Seg, as_image, category_names, find_images, free_memory, predict_folder
+from u2seg.folder import find_images, predict_folder
+from u2seg.predict import U2Seg, as_image, category_names, free_memory
 
 TINY = dict(n_things=3, n_stuff=2, depth=18, width=8, n_blocks=[1, 1, 1, 1], norm='BN', fpn_norm='BN', fpn_channels=16, fc_dim=16, mask_dim=8, n_mask_convs=1, sem_dim=16, rpn_pre_test=40, rpn_post_test=20,
             decode='objectness', max_detections=4, panoptic_area=20, min_size=64, max_size=128)
@@ -94,7 +95,7 @@ def test_find_images(tmp_path):
     root, items = find_images([tmp_path/'sub', str(tmp_path/'*.*'), tmp_path/'a.png'])
     assert root == tmp_path and [i['file_name'] for i in items] == ['sub/a.png', 'sub/b.png', 'a.bmp', 'a.png']
     assert len({i['overlay'] for i in items}) == 4                         # a.bmp and a.png do not overwrite each other
-    with pytest.raises(ValueError, match='no such picture'): find_images(tmp_path/'*.tif')
+    with pytest.raises(ValueError, match='no such image'): find_images(tmp_path/'*.tif')
 
 def test_links_and_long_names(weights, tmp_path):
     for n in ('x' * 251 + '.png', 'y' * 252 + '.im'): write_png(tmp_path/'disk'/'long.png', picture()); (tmp_path/'disk'/'long.png').rename(tmp_path/'disk'/n)
@@ -140,7 +141,7 @@ def test_results_of_others_are_not_overwritten(weights, tmp_path):
     one, out = tmp_path/'in'/'a.png', tmp_path/'out'
     predict_folder(one, weights, out, device='cpu')
     first = {f: f.read_bytes() for f in out.rglob('*') if f.is_file()}
-    with pytest.raises(ValueError, match='1 other picture, such as .*a.png'): predict_folder(tmp_path/'in'/'b.png', weights, out, device='cpu')
+    with pytest.raises(ValueError, match='1 other image, such as .*a.png'): predict_folder(tmp_path/'in'/'b.png', weights, out, device='cpu')
     other = build_model(TINY); save_weights(other, tmp_path/'other'/'model.safetensors'); shutil.copy(weights/'model.yaml', tmp_path/'other')
     with pytest.raises(ValueError, match='another model'): predict_folder(one, tmp_path/'other', out, device='cpu')
     assert {f: f.read_bytes() for f in out.rglob('*') if f.is_file()} == first
@@ -173,7 +174,7 @@ def test_one_picture_too_large_is_one_sentence(weights, monkeypatch):
     model = U2Seg.from_pretrained(weights, device='cpu')
     def full(self, images): raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
     monkeypatch.setattr(U2Seg, '_batch', full)
-    with pytest.raises(ValueError, match='one picture of 64 x 48 pixels; make it smaller'): model.predict([picture(), picture()])
+    with pytest.raises(ValueError, match='one image of 64 x 48 pixels; make it smaller'): model.predict([picture(), picture()])
     for kind in (RuntimeError, NotImplementedError, torch.linalg.LinAlgError, torch.AcceleratorError):
         def bug(self, images): raise kind('a fault of the program')
         monkeypatch.setattr(U2Seg, '_batch', bug)
@@ -209,7 +210,7 @@ def test_names_of_the_stage_evaluate(weights, tmp_path):
 def test_results_among_the_pictures_are_not_pictures(weights, tmp_path):
     write_png(tmp_path/'a.png', picture())
     for _ in range(2): assert predict_folder(tmp_path, weights, tmp_path/'segmented', device='cpu')['images'] == 1
-    with pytest.raises(ValueError, match='no picture outside'): find_images(tmp_path/'segmented'/'overlay', without=tmp_path/'segmented')
+    with pytest.raises(ValueError, match='no image outside'): find_images(tmp_path/'segmented'/'overlay', without=tmp_path/'segmented')
 
 def test_command_line(weights, tmp_path, capsys, monkeypatch):
     from u2seg.cli import main
@@ -224,7 +225,7 @@ def test_command_line(weights, tmp_path, capsys, monkeypatch):
 def test_the_module_is_the_command():
     import subprocess, sys
     done = subprocess.run([sys.executable, '-m', 'u2seg.cli', 'predict', 'no/such/file.jpg'], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr == 'u2seg: no/such/file.jpg: no such picture or folder\n'
+    assert done.returncode == 1 and done.stderr == 'u2seg: no/such/file.jpg: no such image or folder\n'
 
 def test_layers(weights):
     p = U2Seg.from_pretrained(weights, device='cpu').predict(picture())

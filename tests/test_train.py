@@ -468,6 +468,7 @@ def test_the_group_speaks_where_the_model_lies(monkeypatch):
     from u2seg import train
     asked = []
     monkeypatch.setenv('WORLD_SIZE', '2')
+    monkeypatch.setenv('RANK', '1')
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True); monkeypatch.setattr(torch.cuda, 'set_device', lambda device: asked.append(device))
     monkeypatch.setattr(dist, 'init_process_group', lambda backend: asked.append(backend))
     monkeypatch.setattr(dist, 'get_rank', lambda: 1); monkeypatch.setattr(dist, 'get_world_size', lambda: 2)

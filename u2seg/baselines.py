@@ -19,7 +19,7 @@ from .cluster import Clusters, label_file
 from .images import encode_rle, read_image
 from .maskcut import label_images
 from .panoptic import merge
-from .selftrain import predict
+from .predict import run_network
 from .shards import run_shared
 
 # %% ../nbs/74_baselines.ipynb #boxed
@@ -74,7 +74,7 @@ def model_records(model:torch.nn.Module, # of `build_model`
     out, c = {}, model.config
     for i in range(0, len(images), batch_size):
         part = images[i:i + batch_size]
-        found = predict(model, [read_image(Path(root)/im['file_name']) for im in part], short=c['min_size'], max_size=c['max_size'])
+        found = run_network(model, [read_image(Path(root)/im['file_name']) for im in part], short=c['min_size'], max_size=c['max_size'])
         out |= {im['id']: _record(im['id'], f) for im, f in zip(part, found)}
     return out
 

@@ -59,7 +59,7 @@ def sweep(name:str, jobs:int=1, seeds:tuple[int]=(0, 1, 2), print_only:bool=Fals
 # %% ../nbs/95_cli.ipynb #predict
 def predict(images:list[str], weights:str='out/train', out:str='segmented', batch_size:int|None=None, device:str|None=None):
     "Segment images: an overlay for each, COCO panoptic PNG + JSON, COCO instances."
-    from u2seg.predict import predict_folder
+    from u2seg.folder import predict_folder
     n = predict_folder(images, weights, out, batch_size=batch_size, device=device)
     if not n['images']: raise ValueError(f"none of {n['skipped']} could be read; why: {out}/skipped.json")
     print(f"{n['images']} {'picture' if n['images'] == 1 else 'pictures'}, {n['instances']} {'object' if n['instances'] == 1 else 'objects'}: {out}/overlay, {out}/panoptic.json, {out}/instances.json" + (f"; {n['skipped']} could not be read: {out}/skipped.json" if n['skipped'] else ''))
