@@ -8,7 +8,8 @@ import torch
 
 from u2seg.cli import main
 from u2seg.truth import Painted, things_only
-from u2seg.convert import checkpoint_config, convert, convert_checkpoint, convert_instances, convert_panoptic
+from u2seg.annotations import convert_instances, convert_panoptic
+from u2seg.convert import checkpoint_config, convert, convert_checkpoint
 from u2seg.images import decode_rle, encode_rle, read_ids, read_image, read_json, write_ids, write_json, write_png
 from u2seg.model import build_model
 from u2seg.predict import U2Seg

@@ -1,5 +1,5 @@
 """The site, built from a few pages, or one that stands already (U2SEG_SITE=_docs/site): every link and image leads somewhere."""
-import html.parser, os, re, shutil, subprocess, sys
+import html.parser, json, os, re, shutil, subprocess, sys
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -38,15 +38,44 @@ def faults(folder):
     return pages, out
 
 
+def links(path):
+    "Links of a Markdown file, or of a notebook's prose; code apart."
+    text = path.read_text()
+    if path.suffix == '.ipynb':
+        cells = json.loads(text)['cells']
+        text = '\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'markdown')
+    text = re.sub(r'```.*?```|`[^`]*`', '', text, flags=re.S)
+    return re.findall(r'\]\(([^)\s]+)\)', text)
+
+
+def test_every_link_of_notebooks_and_readme_leads_to_a_file():
+    for path in [*root.glob('*.md'), *(root/'nbs').glob('*.ipynb')]:
+        for link in links(path):
+            if not link.startswith(('http', '#')): assert (path.parent/link.split('#')[0]).exists(), f'{path.name}: {link}'
+
+
 def test_links_of_the_book_s_sources(tmp_path):
-    "Without building: pages that the notebooks and the README point to are there."
+    "Without building: pages that the notebooks and the README point to are there; no link leads to another host than named."
     site.prepare(root, tmp_path/'docs')
     pages = tmp_path/'docs'/'pages'
-    for p in sorted(pages.rglob('*.ipynb')) + sorted(pages.rglob('*.md')):
-        for link in re.findall(r'\]\(([^)\s]+)\)', re.sub(r'`[^`]*`|```.*?```', '', p.read_text(), flags=re.S)) if p.suffix == '.md' else re.findall(r'\]\((\w+\.(?:html|png|ipynb))', p.read_text()):
-            if link.startswith(('http', '#')) or 'nbs/' in link and p.name == '96_site.ipynb': continue
+    for path in [*pages.glob('*.ipynb'), *pages.glob('*.md')]:
+        for link in links(path):
             name = link.split('#')[0]
-            assert (pages/name).exists() or (pages/name.replace('.html', '.ipynb')).exists() or p.name == '96_site.ipynb', f'{p.name}: {link}'
+            if link.startswith(('http', '#')): continue
+            assert (pages/name).exists() or (pages/name.replace('.html', '.ipynb')).exists(), f'{path.name}: {link}'
+    for path in [tmp_path/'docs'/'mkdocs.yml', *pages.rglob('*.md'), *pages.glob('*.ipynb')]:
+        assert 'example.org' not in path.read_text(), f'{path.name}: a placeholder is shown'
+
+
+def test_every_page_leads_to_its_neighbours(tmp_path):
+    site.prepare(root, tmp_path/'docs')
+    book = [c.path.stem for c in site.chapters(root)]
+    for i, name in enumerate(book):
+        last = links(tmp_path/'docs'/'pages'/f'{name}.ipynb')
+        neighbours = [f'{book[j]}.html' for j in (i - 1, i + 1) if 0 <= j < len(book)]
+        assert last[-len(neighbours):] == neighbours, name
+    index = json.loads((tmp_path/'docs'/'pages'/'index.ipynb').read_text())
+    assert ''.join(index['cells'][0]['source']).startswith('# Overview')
 
 
 def test_no_broken_link_or_image(tmp_path):
