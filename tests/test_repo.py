@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from u2seg import recipes as R
+from u2seg import pipeline as P
 from u2seg import stage as S
 
 root = Path(__file__).parents[1]
@@ -103,7 +104,7 @@ def test_pipeline_names_every_stage_and_its_modules():
             for m in imports((root/'u2seg'/f'{todo.pop()}.py').read_text()):
                 if m not in used: used.add(m); todo.append(m)
         assert {f'u2seg/{m}.py' for m in used} <= {*stage['deps']}, name
-    assert (root/'dvc.yaml').read_text() == S.pipeline(root), 'run u2seg dvc'
+    assert (root/'dvc.yaml').read_text() == P.pipeline(root), 'run u2seg dvc'
 
 
 def test_random_state_and_checkpoints_name_their_device():

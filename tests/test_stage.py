@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import yaml
 
+from u2seg import pipeline as P
 from u2seg import stage as S
 from u2seg.shards import sharded
 
@@ -166,7 +167,7 @@ def test_the_header_of_a_notebook_is_the_stage_of_the_pipeline(repo, reads, para
     (root/'u2seg').mkdir()
     (root/'u2seg'/'low.py').write_text('def f():\n    from . import lower\n')
     (root/'u2seg'/'lower.py').write_text('from .low import b\nimport os\n')
-    S.write_pipeline(root)
+    P.write_pipeline(root)
     stage = yaml.safe_load((root/'dvc.yaml').read_text())['stages']['one']
     code = ['nbs/10_run_one.ipynb', 'u2seg/low.py', 'u2seg/lower.py']
     assert stage['cmd'] == 'u2seg run one'
@@ -186,7 +187,7 @@ def test_a_header_of_another_form_is_refused(repo, header, message):
     nb = nbformat.read(path, 4)
     nb.cells.insert(0, nbformat.v4.new_markdown_cell(header))
     nbformat.write(nb, path)
-    with pytest.raises(ValueError, match=message): S.pipeline(root)
+    with pytest.raises(ValueError, match=message): P.pipeline(root)
 
 
 def test_metrics_hold_no_nan(tmp_path):
@@ -270,6 +271,23 @@ def test_publish_refuses_code_that_did_not_run(repo):
     assert nb.cells[3].outputs[0].data['text/plain'] == '1.5'
     nb.cells[3].source = 'a - b'; nbformat.write(nb, path)
     with pytest.raises(ValueError, match='is not the one that ran'): S.publish('one', root)
+
+
+def test_publish_names_the_findings_below_a_changed_output(repo, capsys):
+    root = repo()
+    path = root/'nbs'/'10_run_one.ipynb'
+    nb = nbformat.read(path, 4)
+    finding = lambda name: nbformat.v4.new_markdown_cell('It is so.', id=name)
+    nb.cells = [*nb.cells, finding('sum-finding'), nbformat.v4.new_code_cell('7'), finding('seven-finding'), finding('text')]
+    nbformat.write(nb, path)
+    said = []
+    for section in ({}, {}, dict(a=2)):
+        S.run_stage('one', repo(**section))
+        S.publish('one', root)
+        said.append(capsys.readouterr().out)
+    assert said[0] == '10_run_one.ipynb: read again: sum-finding, seven-finding\n'     # there was no output before
+    assert said[1] == ''
+    assert said[2] == '10_run_one.ipynb: read again: sum-finding\n'
 
 
 def test_two_workers_run_one_stage(repo):

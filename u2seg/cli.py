@@ -26,7 +26,7 @@ def check():
 
 def dvc():
     "Write dvc.yaml as the headers of the stages' notebooks declare it."
-    from u2seg.stage import write_pipeline
+    from u2seg.pipeline import write_pipeline
     write_pipeline()
 
 def use(recipe:str|None=None):
