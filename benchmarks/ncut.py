@@ -189,20 +189,20 @@ def mask_table(rows):
                     'elsewhere the cut is ill posed in the reference itself.']
 
 class Counted:
-    "Calls of a step of the solver, each with the products with the links that it takes."
+    "Calls of a step of the solver, each with the products with the affinity that it takes."
     def __init__(self, call): self.call, self.steps = call, []
     def __call__(self, *args):
-        product = solver.link_product
+        product = solver.affinity_product
         self.steps.append(0)
-        def counted(links, u):
+        def counted(affinity, u):
             self.steps[-1] += 1
-            return product(links, u)
-        solver.link_product = counted
+            return product(affinity, u)
+        solver.affinity_product = counted
         try: return self.call(*args)
-        finally: solver.link_product = product
+        finally: solver.affinity_product = product
 
 def rule_table(rows):
-    "Masks that change with the residual at which Lanczos stops, and the products with the links that it takes."
+    "Masks that change with the residual at which Lanczos stops, and the products with the affinity that it takes."
     lines = ['| stop at residual | products a round, median | most | images with IoU < .99 (gap > 1e-3) |',
              '|---|---|---|---|']
     for tol in (1e-3, 1e-4, 1e-5, 2e-6):
@@ -217,13 +217,13 @@ def rule_table(rows):
                     f'products more (median; most {max(steps, default=0)}).']
 
 def product(n, threads, rounds=15):
-    "Ratios (wall, CPU) of float32 to integers for one product with the links of n tokens, and the error of each."
+    "Ratios (wall, CPU) of float32 to integers for one product with the affinity of n tokens, and the error of each."
     torch.set_num_threads(threads)
     rng = torch.Generator().manual_seed(0)
-    links = solver.token_links(torch.randn(1, 32, n, generator=rng) + .5*torch.randn(1, 32, 1, generator=rng), tau=TAU)
-    u, wide = torch.randn(1, n, generator=rng), links.float()
-    exact = links[0].double() @ u[0].double()
-    sides = dict(ours=lambda: solver.link_product(links, u), theirs=lambda: solver.link_product(wide, u))
+    affinity = solver.token_affinity(torch.randn(1, 32, n, generator=rng) + .5*torch.randn(1, 32, 1, generator=rng), tau=TAU)
+    u, wide = torch.randn(1, n, generator=rng), affinity.float()
+    exact = affinity[0].double() @ u[0].double()
+    sides = dict(ours=lambda: solver.affinity_product(affinity, u), theirs=lambda: solver.affinity_product(wide, u))
     alternate(sides, 3)                                                        # first calls
     results, taken = alternate(sides, rounds)
     error = {k: ((y[0] - exact).abs().max()/exact.abs().max()).item() for k, y in results.items()}
@@ -233,7 +233,7 @@ AVX2 = dict(ATEN_CPU_CAPABILITY='avx2', ONEDNN_MAX_CPU_ISA='AVX2')
 
 def product_table(n, threads):
     "The same in processes of their own, with all instructions of the CPU and with AVX2 alone."
-    lines = [f'## One product with the links of {n} tokens', '',
+    lines = [f'## One product with the affinity of {n} tokens', '',
              'How many times as long float32 takes as integers: median (least to most) of 15 runs of each, in turns. '
              'With AVX2 alone, as on a CPU without AVX-512, no instruction multiplies bytes and adds the sums.', '',
              '| instructions | threads | ratio, wall | ratio, CPU | error of integers | error of float32 |',

@@ -2,7 +2,7 @@
 import numpy as np, pytest, scipy.linalg, torch
 from hypothesis import given, settings, strategies as st
 
-from u2seg.ncut import fiedler, lanczos, link_product, orient, propagate, second_eigenvector, spectral_gap, token_graph, token_links
+from u2seg.ncut import fiedler, lanczos, affinity_product, orient, propagate, second_eigenvector, spectral_gap, token_graph, token_affinity
 
 torch.set_num_threads(1)
 
@@ -58,7 +58,7 @@ def test_painted_tokens(seed):
     alive[0] = seed % 2                                     # token 0, where the sign's walk begins, painted or not
     values, want = dense(keys, alive, tau=.2)
     assert values[1] - values[0] > 1e-3
-    g = token_graph(token_links(keys[None], tau=.2), alive[None])
+    g = token_graph(token_affinity(keys[None], tau=.2), alive[None])
     got = (g.scale*orient(g, fiedler(g)))[0].double().numpy()
     assert got @ want/np.linalg.norm(got)/np.linalg.norm(want) > 1 - 1e-6
 
@@ -79,7 +79,7 @@ def test_few_tokens(n):
                                        ('two equal halves', torch.eye(2)[:, torch.arange(40) % 2]), ('opposite', torch.tensor([[1., -1.]]).repeat(3, 20))])
 def test_degenerate_graphs_give_a_vector_of_the_right_space(name, keys):
     values, _ = dense(keys, tau=.1)
-    g = token_graph(token_links(keys[None], tau=.1))
+    g = token_graph(token_affinity(keys[None], tau=.1))
     y = fiedler(g)
     assert torch.isfinite(y).all() and abs(y.norm().item() - 1) < 1e-5
     assert (propagate(g, y) - (1 - values[0])*y).norm() < 1e-5                 # an eigenvector of the second eigenvalue
@@ -91,14 +91,14 @@ def test_degenerate_graphs_give_a_vector_of_the_right_space(name, keys):
     (torch.ones(3, 5), .1, r'\[3, 5\]'), (torch.ones(1, 3, 1), .1, 'at least 2 tokens, got 1'), (torch.ones(1, 3, 5), 1., 'got 1.0'),
     (torch.ones(1, 3, 5), -.1, 'got -0.1'), (torch.ones(1, 3, 5), float('nan'), 'got nan')])
 def test_bad_input_is_named(bad, tau, message):
-    for function in (token_links, second_eigenvector, spectral_gap):
+    for function in (token_affinity, second_eigenvector, spectral_gap):
         with pytest.raises(ValueError, match=message): function(bad, tau=tau)
 
 @given(st.integers(2, 70), st.integers(1, 80), st.floats(0, .99), st.integers(0, 99))
 @settings(max_examples=30, deadline=None)
 def test_links_equal_the_definition(n, block, tau, seed):
     keys = torch.randn(2, 4, n, generator=rng(seed))
-    links = token_links(keys, tau=tau, block=block)
+    links = token_affinity(keys, tau=tau, block=block)
     f = keys.double()/keys.double().norm(dim=1, keepdim=True)
     cosine = f.mT @ f
     clear = (cosine - tau).abs() > 1e-6
@@ -110,7 +110,7 @@ def test_integer_product_is_at_least_as_good_as_float32(n, seed, scale):
     links = (torch.rand(1, n, n, generator=rng(seed)) > .4).to(torch.int8)
     u = scale*torch.randn(1, n, generator=rng(seed + 1))
     exact = links.double() @ u.double()[..., None]
-    error = (link_product(links, u).double() - exact[..., 0]).abs().max()
+    error = (affinity_product(links, u).double() - exact[..., 0]).abs().max()
     assert error <= 1e-7*(exact.abs().max() + u.abs().max())
 
 @given(st.integers(2, 400), st.integers(0, 99), st.sampled_from([1e-20, 1e-3, 1., 1e6]))
@@ -126,13 +126,13 @@ def test_integer_product_has_the_bits_of_its_definition(n, seed, scale):
         assert digit.abs().max() <= 64                      # a byte holds it
         rest = rest - digit*unit
         total += unit*(links.long() @ digit.long()).double()
-    assert torch.equal(link_product(links[None], u[None])[0], total.float())
+    assert torch.equal(affinity_product(links[None], u[None])[0], total.float())
 
 def test_product_with_zero_is_zero():
-    assert (link_product(torch.ones(1, 5, 5, dtype=torch.int8), torch.zeros(1, 5)) == 0).all()
+    assert (affinity_product(torch.ones(1, 5, 5, dtype=torch.int8), torch.zeros(1, 5)) == 0).all()
 
 def test_float_links_of_a_gpu_give_the_same_vector():
-    links = token_links(torch.stack([groups(0), groups(1)]), tau=.2)
+    links = token_affinity(torch.stack([groups(0), groups(1)]), tau=.2)
     solve = lambda links: (lambda g: orient(g, fiedler(g)))(token_graph(links))
     assert (solve(links) - solve(links.float())).abs().max() < 1e-4
 
@@ -140,7 +140,7 @@ def test_an_image_does_not_depend_on_its_batch():
     keys = torch.stack([groups(0), bridged(1), noise(2), torch.ones(24, 300)])
     together = second_eigenvector(keys, tau=.2)
     for k, x in zip(keys, together): assert (second_eigenvector(k[None], tau=.2)[0] == x).all()
-    links = token_links(keys[:3], tau=.2)                  # the batched walk itself, as a GPU does it
+    links = token_affinity(keys[:3], tau=.2)                  # the batched walk itself, as a GPU does it
     g = token_graph(links)
     x = g.scale*orient(g, fiedler(g))
     assert torch.nn.functional.cosine_similarity(x, together[:3], dim=1).min() > 1 - 1e-6
@@ -155,7 +155,7 @@ def test_length_and_dtype_of_keys_do_not_matter():
 
 def test_walk_goes_on_after_an_invariant_space():
     "Six equal groups have six eigenvalues: from token 0 the walk would end after a few steps."
-    g = token_graph(token_links(torch.eye(6)[:, torch.arange(60) % 6][None], tau=.1))
+    g = token_graph(token_affinity(torch.eye(6)[:, torch.arange(60) % 6][None], tau=.1))
     start = torch.zeros(1, 60); start[:, 0] = 1
     for basis, alpha, beta in lanczos(g, start, start[:, None][:, :0], max_steps=30): pass
     assert (basis[0] @ basis[0].T - torch.eye(30)).abs().max() < 1e-5 and min(b.item() for b in beta) == 0

@@ -79,7 +79,7 @@ def test_moco_s_query_encoder_is_taken(tmp_path):
     torch.save(dict(state_dict=under('module.encoder_q.', trunk) | under('module.encoder_k.', zeros(trunk)) | {'module.queue': torch.zeros(4, 9)}), tmp_path/'moco.pth')
     model = build_model(dict(SMALL, width=64, norm='BN'))
     report = load_weights(model, tmp_path/'moco.pth')
-    assert torch.equal(model.state_dict()['backbone.bottom_up.res5.1.conv2.norm.weight'], trunk['layer4.1.bn2.weight']) and (report.taken, report.others) == ('state_dict.encoder_q', ('state_dict.encoder_k',))
+    assert torch.equal(model.state_dict()['backbone.bottom_up.res5.1.conv2.norm.weight'], trunk['layer4.1.bn2.weight']) and (report.taken, report.others) == ('state_dict.module.encoder_q', ('state_dict.module.encoder_k',))
 
 def test_of_two_sets_the_one_taken_is_named(tmp_path, state, capsys):
     torch.save(dict(model=zeros(state), ema_state=state), tmp_path/'a.pth')
