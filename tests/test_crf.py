@@ -1,7 +1,10 @@
 "The dense CRF against brute force: every pair of pixels, every lattice point, written down as the papers define them."
 import math
 
-import numpy as np, numba, pytest, torch
+import numba
+import numpy as np
+import pytest
+import torch
 
 from u2seg import crf
 from u2seg.lattice import _SCALE, _compile, _compiled_filter, _neighbours, _number, _radix, _torch_filter
@@ -71,7 +74,8 @@ def test_mean_field_equals_dense_matrices(preset, c):
     prob = soft(c, 12, 14)
     lat = lattice(torch.from_numpy(image), sxy=preset['bilateral_sxy'], srgb=preset['bilateral_srgb'])
     r = 2*math.ceil(2*preset['gauss_sxy'])
-    d = np.abs(np.subtract.outer(np.arange(168)//14, np.arange(168)//14)), np.abs(np.subtract.outer(np.arange(168) % 14, np.arange(168) % 14))
+    d = np.abs(np.subtract.outer(np.arange(168)//14, np.arange(168)//14)), np.abs(np.subtract.outer(np.arange(168) % 14,
+            np.arange(168) % 14))
     near = pairs(image, preset['gauss_sxy'])*(d[0] <= r)*(d[1] <= r)
     expect = mean_field(prob, [(preset['gauss_weight'], near), (preset['bilateral_weight'], lattice_matrix(lat))], 10)
     got = dense_crf(image, prob, **preset)
@@ -120,7 +124,8 @@ def test_lattice_from_its_definition():
     e = np.array([[f[i, j:].sum() - (j*f[i, j - 1] if j else 0) for j in range(6)] for i in range(len(f))])
     assert (weight > -1e-6).all()
     np.testing.assert_allclose(weight.sum(1), 1, atol=1e-5)
-    np.testing.assert_allclose((weight[..., None]*v[index]).sum(1), e, atol=1e-3) # barycentric: the corners surround the pixel
+    # barycentric: the corners surround the pixel
+    np.testing.assert_allclose((weight[..., None]*v[index]).sum(1), e, atol=1e-3)
     assert (np.sort(points[index] % 6, 1) == np.arange(6)).all()                  # one corner of each remainder
     assert (np.abs(v[index][:, :, None] - v[index][:, None]).max((1, 2, 3)) <= 5).all() # of one simplex
     at = {tuple(p): i for i, p in enumerate(v)}
@@ -146,8 +151,10 @@ def test_filter_has_gaussian_width():
 def test_torch_operations_equal_compiled_loops(preset):
     image, _ = picture(40, 33)
     prob = soft(4, 40, 33)
-    np.testing.assert_allclose(dense_crf(image, prob, **preset, compiled=False), dense_crf(image, prob, **preset), atol=5e-4)
-    np.testing.assert_allclose(binary_crf(image, prob, **preset, compiled=False), binary_crf(image, prob, **preset), atol=5e-4)
+    np.testing.assert_allclose(dense_crf(image, prob, **preset, compiled=False), dense_crf(image, prob, **preset),
+                               atol=5e-4)
+    np.testing.assert_allclose(binary_crf(image, prob, **preset, compiled=False), binary_crf(image, prob, **preset),
+                               atol=5e-4)
 
 
 def test_table_growth():
@@ -156,7 +163,8 @@ def test_table_growth():
     a, b = (lattice(torch.from_numpy(image), sxy=5., srgb=4., compiled=c) for c in (True, False))
     assert a.up.shape[1] == b.up.shape[1] > 1 << 15
     x = torch.rand(1, 120*130)
-    torch.testing.assert_close(_compiled_filter(a)(x, 1, torch.zeros_like(x)), _torch_filter(b)(x, 1, torch.zeros_like(x)), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(_compiled_filter(a)(x, 1, torch.zeros_like(x)),
+                               _torch_filter(b)(x, 1, torch.zeros_like(x)), atol=1e-5, rtol=1e-4)
 
 
 def test_two_labels_are_one_channel():
@@ -183,7 +191,8 @@ def test_a_mask_is_softened_as_maskcut_does():
     moved = np.roll(inside, 6, 1)
     hard = dense_crf(image, np.stack([~moved, moved]).astype(np.float32), **MASKCUT).argmax(0) == 1
     iou = lambda a, b: (a & b).sum()/(a | b).sum()
-    assert iou(refine_mask(image, moved), inside) > .05 + iou(hard, inside)       # 1 and 0 would hold the mask where it was
+    # 1 and 0 would hold the mask where it was
+    assert iou(refine_mask(image, moved), inside) > .05 + iou(hard, inside)
 
 
 @pytest.mark.parametrize('size', [(1, 1), (1, 7), (7, 1), (2, 2)])
@@ -192,7 +201,8 @@ def test_tiny(size, compiled):
     image, prob = np.full((*size, 3), 7, np.uint8), soft(3, *size)
     q = dense_crf(image, prob, **STEGO, compiled=compiled)
     np.testing.assert_allclose(q.sum(0), 1, atol=1e-5)
-    if size == (1, 1):                                                           # K = 1: each iteration adds both weights times q
+    # K = 1: each iteration adds both weights times q
+    if size == (1, 1):
         np.testing.assert_allclose(q, mean_field(prob, [(7., np.ones((1, 1)))], 10), atol=1e-5)
 
 
@@ -201,7 +211,8 @@ def test_constant_image(compiled):
     image, prob = np.full((20, 25, 3), 200, np.uint8), soft(3, 20, 25)
     prob[0] += .3; prob /= prob.sum(0)
     q = dense_crf(image, prob, **MASKCUT, compiled=compiled)
-    assert np.isfinite(q).all() and (q.argmax(0) == 0).mean() > .99              # nothing to hold on to: the majority wins
+    assert np.isfinite(q).all()              # nothing to hold on to: the majority wins
+    assert (q.argmax(0) == 0).mean() > .99
 
 
 def test_one_label_no_iterations_no_kernels():
@@ -209,7 +220,8 @@ def test_one_label_no_iterations_no_kernels():
     assert (dense_crf(image, np.full((1, 12, 14), .3, np.float32), **MASKCUT) == 1).all()
     prob = soft(3, 12, 14)
     np.testing.assert_allclose(dense_crf(image, prob, **{**MASKCUT, 'n_iters': 0}), prob, atol=1e-4)
-    np.testing.assert_allclose(dense_crf(image, prob, **{**MASKCUT, 'gauss_weight': 0, 'bilateral_weight': 0}), prob, atol=1e-4)
+    np.testing.assert_allclose(dense_crf(image, prob, **{**MASKCUT, 'gauss_weight': 0, 'bilateral_weight': 0}), prob,
+                               atol=1e-4)
     assert dense_crf(image, soft(3, 12, 14)[:0], **MASKCUT).shape == (0, 12, 14)
     assert refine_masks(image, np.zeros((0, 12, 14), bool)).shape == (0, 12, 14)
 
@@ -222,7 +234,8 @@ def test_kinds_in_and_out():
     assert isinstance(a, np.ndarray) and isinstance(b, torch.Tensor) and b.dtype == torch.float32
     assert (a == b.numpy()).all()
     assert (refine_mask(torch.from_numpy(image), torch.from_numpy(inside)).numpy() == refine_mask(image, inside)).all()
-    wide = np.zeros((12, 28, 3), np.uint8); wide[:, ::2] = image                 # strided input, gradient-carrying input
+    wide = np.zeros((12, 28, 3), np.uint8)
+    wide[:, ::2] = image                 # strided input, gradient-carrying input
     assert (dense_crf(wide[:, ::2], prob, **MASKCUT) == a).all()
     assert (dense_crf(image, prob[:, ::-1].copy()[:, ::-1], **MASKCUT) == a).all()
     assert (dense_crf(torch.from_numpy(image), torch.from_numpy(prob).requires_grad_(), **MASKCUT).numpy() == a).all()
@@ -230,11 +243,16 @@ def test_kinds_in_and_out():
 
 
 @pytest.mark.parametrize('change, words', [
-    (dict(image=np.zeros((12, 14, 3))), 'image must be uint8'), (dict(image=np.zeros((12, 14), np.uint8)), 'image must be uint8'),
-    (dict(image=np.zeros((0, 14, 3), np.uint8)), 'image must be uint8'), (dict(prob=soft(2, 14, 12)), 'to fit the image'),
-    (dict(prob=np.full((2, 12, 14), np.nan, np.float32)), 'NaN'), (dict(prob=np.full((2, 12, 14), -1, np.float32)), 'negative'),
-    (dict(bilateral_srgb=0), 'bilateral_srgb must be positive, got 0'), (dict(gauss_sxy=-1), 'gauss_sxy must be positive'),
-    (dict(n_iters=-1), 'n_iters must be at least 0'), (dict(gauss_weight=math.nan), 'gauss_weight must be at least 0'), (dict(n_threads=0), 'n_threads must be'),
+    (dict(image=np.zeros((12, 14, 3))), 'image must be uint8'),
+    (dict(image=np.zeros((12, 14), np.uint8)), 'image must be uint8'),
+    (dict(image=np.zeros((0, 14, 3), np.uint8)), 'image must be uint8'),
+    (dict(prob=soft(2, 14, 12)), 'to fit the image'),
+    (dict(prob=np.full((2, 12, 14), np.nan, np.float32)), 'NaN'),
+    (dict(prob=np.full((2, 12, 14), -1, np.float32)), 'negative'),
+    (dict(bilateral_srgb=0), 'bilateral_srgb must be positive, got 0'),
+    (dict(gauss_sxy=-1), 'gauss_sxy must be positive'),
+    (dict(n_iters=-1), 'n_iters must be at least 0'), (dict(gauss_weight=math.nan), 'gauss_weight must be at least 0'),
+    (dict(n_threads=0), 'n_threads must be'),
     (dict(bilateral_sxy=1e-9, bilateral_srgb=1e-5), 'too large')])
 def test_errors(change, words):
     given = {**dict(image=picture()[0], prob=soft(2, 12, 14)), **MASKCUT, **change}

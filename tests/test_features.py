@@ -1,5 +1,7 @@
 """Features against hooks, plain formulas and strange weight files."""
-import argparse, math, pickle
+import argparse
+import math
+import pickle
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from torch import nn
 
 from u2seg import features as F
 
-DINO = 'vit_tiny_patch16_224'                                                       # the layout and the names of DINO's ViTs, small
+DINO = 'vit_tiny_patch16_224'                              # the layout and the names of DINO's ViTs, small
 small = dict(img_size=64, embed_dim=48, depth=2, num_heads=3, patch_size=8)
 stem = small | dict(stem_channels=[8, 16, 32])
 
@@ -26,7 +28,8 @@ def original_names(vit):
     d, depth = vit.embed_dim, len(vit.blocks)
     names = ['cls_token', 'pos_embed', 'patch_embed.proj.weight', 'patch_embed.proj.bias', 'norm.weight', 'norm.bias']
     for i in range(depth):
-        for part in ('norm1', 'attn.qkv', 'attn.proj', 'norm2', 'mlp.fc1', 'mlp.fc2'): names += [f'blocks.{i}.{part}.weight', f'blocks.{i}.{part}.bias']
+        for part in ('norm1', 'attn.qkv', 'attn.proj', 'norm2', 'mlp.fc1', 'mlp.fc2'):
+            names += [f'blocks.{i}.{part}.weight', f'blocks.{i}.{part}.bias']
     state = vit.state_dict()
     assert set(names) == set(state)
     return {n: torch.randn(state[n].shape, generator=torch.Generator().manual_seed(len(n))) for n in names}
@@ -40,7 +43,9 @@ def caught(f, images, layer):
     return got['y'], tokens
 
 
-@pytest.mark.parametrize('model,size', [(DINO, (48, 80)), ('vit_small_patch14_reg4_dinov2.lvd142m', (42, 70)), (small, (64, 64)), (small, (24, 40)), (stem, (24, 40))])
+@pytest.mark.parametrize('model,size',
+                         [(DINO, (48, 80)), ('vit_small_patch14_reg4_dinov2.lvd142m', (42, 70)), (small, (64, 64)),
+                          (small, (24, 40)), (stem, (24, 40))])
 def test_keys_tokens_and_cls_are_those_of_the_whole_model(model, size):
     torch.manual_seed(1)
     f = F.ViTFeatures(model)
@@ -52,10 +57,12 @@ def test_keys_tokens_and_cls_are_those_of_the_whole_model(model, size):
     assert got['keys'].shape == got['patches'].shape == (2, f.dim, h, w) and got['cls'].shape == (2, f.dim)
     for name, whole in (('keys', qkv[:, n:, f.dim:2*f.dim]), ('patches', tokens[:, n:])):
         for y in range(h):
-            for x in range(w): torch.testing.assert_close(got[name][:, :, y, x], whole[:, y*w + x], atol=2e-5, rtol=1e-4)
+            for x in range(w):
+                torch.testing.assert_close(got[name][:, :, y, x], whole[:, y*w + x], atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(got['cls'], tokens[:, 0], atol=2e-5, rtol=1e-4)
     assert torch.equal(f.keys(images), got['keys']) and torch.equal(f.patches(images), got['patches'])
-    torch.testing.assert_close(f.cls(images), tokens[:, 0], atol=2e-5, rtol=1e-4)              # the last block for one token only
+    # the last block for one token only
+    torch.testing.assert_close(f.cls(images), tokens[:, 0], atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize('model', ['vit_tiny_patch16_dinov3_qkvb', 'vit_small_patch16_dinov3'])
@@ -64,10 +71,12 @@ def test_rotary_models(model):
     images = torch.randn(1, 3, 48, 64)
     tokens = f.vit.forward_features(images)
     entrance = {}
-    hook = f.vit.blocks[-1].attn.register_forward_pre_hook(lambda m, args, kw: entrance.update(x=args[0] if args else kw['x']), with_kwargs=True)
+    def remember(m, args, kw): entrance.update(x=args[0] if args else kw['x'])
+    hook = f.vit.blocks[-1].attn.register_forward_pre_hook(remember, with_kwargs=True)
     f.vit.forward_features(images); hook.remove()
     attn, n = f.vit.blocks[-1].attn, f.vit.num_prefix_tokens
-    weight = attn.qkv.weight if attn.qkv is not None else torch.cat([attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight])
+    if attn.qkv is not None: weight = attn.qkv.weight
+    else: weight = torch.cat([attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight])
     keys = entrance['x'][:, n:] @ weight[f.dim:2*f.dim].T
     if attn.qkv is not None and attn.qkv.bias is not None: keys = keys + attn.qkv.bias[f.dim:2*f.dim]
     got = f(images)
@@ -77,7 +86,8 @@ def test_rotary_models(model):
 
 def test_the_last_attention_does_not_run_for_keys(dino):
     ran = []
-    hooks = [m.register_forward_hook(lambda m, x, y: ran.append(y.shape[1])) for m in (dino.vit.blocks[-1].attn.proj, dino.vit.blocks[-1].mlp.fc1)]
+    hooks = [m.register_forward_hook(lambda m, x, y: ran.append(y.shape[1]))
+             for m in (dino.vit.blocks[-1].attn.proj, dino.vit.blocks[-1].mlp.fc1)]
     dino.keys(torch.randn(1, 3, 32, 32)); assert not ran
     dino(torch.randn(1, 3, 32, 32), ('keys', 'cls')); assert ran == [1, 1]                # one token, not all five
     dino(torch.randn(1, 3, 32, 32), ('patches', 'cls')); assert ran == [1, 1, 5, 5]
@@ -92,7 +102,7 @@ def cubic(t, a=-.75):
 
 
 def sampled(row, n_new):
-    "One axis of the original DINO's positions, cell by cell: bicubic at (i + 1/2)/s - 1/2 with s = (n_new + .1)/n_old, edges repeated."
+    "One axis of DINO's positions, cell by cell: bicubic at (i + 1/2)/s - 1/2, s = (n_new + .1)/n_old, edges repeated."
     n = len(row); s = (n_new + .1)/n; out = []
     for i in range(n_new):
         at = (i + .5)/s - .5; base = math.floor(at)
@@ -118,7 +128,8 @@ def test_dino_interpolation_in_the_model(dino):
     torch.testing.assert_close(other.cls(native), dino.cls(native), atol=1e-5, rtol=1e-4) # 14 x 14: the table as it is
     images = torch.randn(2, 3, 48, 80)
     positions = F.dino_positions(state['pos_embed'][:, 1:], (14, 14), (3, 5))
-    vit = timm.create_model(DINO, num_classes=0, img_size=(48, 80)).eval()            # a model of this very size, its table filled by us
+    # a model of this very size, its table filled by us
+    vit = timm.create_model(DINO, num_classes=0, img_size=(48, 80)).eval()
     vit.load_state_dict(state | {'pos_embed': torch.cat([state['pos_embed'][:, :1], positions], 1)})
     with torch.no_grad(): want = vit.forward_features(images)
     torch.testing.assert_close(other.patches(images).flatten(2).mT, want[:, 1:], atol=2e-5, rtol=1e-4)
@@ -139,10 +150,13 @@ def test_dino_interpolation_with_registers_leaves_them_alone():
 # --- weights
 
 wrapped = {'plain': lambda s: s,
-           'teacher': lambda s: {'teacher': {f'backbone.{k}': v for k, v in s.items()} | {'head.mlp.0.weight': torch.zeros(1)},
-                                 'student': {f'module.backbone.{k}': v*0 for k, v in s.items()}, 'epoch': 3, 'args': argparse.Namespace(lr=.1)},
+           'teacher': lambda s: {'teacher': {f'backbone.{k}': v for k, v in s.items()}
+                                 | {'head.mlp.0.weight': torch.zeros(1)},
+                                 'student': {f'module.backbone.{k}': v*0 for k, v in s.items()}, 'epoch': 3,
+                                 'args': argparse.Namespace(lr=.1)},
            'state_dict': lambda s: {'state_dict': {f'module.{k}': v for k, v in s.items()}},
-           'student': lambda s: {'student': {f'module.backbone.{k}': v for k, v in s.items()} | {'module.head.last_layer.weight': torch.zeros(1)}}}
+           'student': lambda s: {'student': {f'module.backbone.{k}': v for k, v in s.items()}
+                                 | {'module.head.last_layer.weight': torch.zeros(1)}}}
 
 
 @pytest.mark.parametrize('how', wrapped)
@@ -156,15 +170,20 @@ def test_an_original_dino_file_loads_strictly(how, dino, tmp_path):
 def test_safetensors_loads(dino, tmp_path):
     state = original_names(dino.vit)
     save_file(state, tmp_path/'w.safetensors')
-    assert torch.equal(F.ViTFeatures(DINO, str(tmp_path/'w.safetensors')).vit.state_dict()['norm.bias'], state['norm.bias'])
+    assert torch.equal(F.ViTFeatures(DINO, str(tmp_path/'w.safetensors')).vit.state_dict()['norm.bias'],
+                       state['norm.bias'])
 
 
 def test_wrong_names_and_shapes_are_named(dino, tmp_path):
     state = original_names(dino.vit)
-    def load(s, name='w.pth'): torch.save(s, tmp_path/name); F.load_strictly(dino.vit, F.read_weights(tmp_path/name), tmp_path/name)
-    with pytest.raises(ValueError, match=r'w\.pth lacks blocks\.3\.attn\.qkv\.bias$'): load({k: v for k, v in state.items() if k != 'blocks.3.attn.qkv.bias'})
+    def load(s, name='w.pth'):
+        torch.save(s, tmp_path/name)
+        F.load_strictly(dino.vit, F.read_weights(tmp_path/name), tmp_path/name)
+    with pytest.raises(ValueError, match=r'w\.pth lacks blocks\.3\.attn\.qkv\.bias$'):
+        load({k: v for k, v in state.items() if k != 'blocks.3.attn.qkv.bias'})
     with pytest.raises(ValueError, match=r'has unknown extra\.weight$'): load(state | {'extra.weight': torch.zeros(2)})
-    with pytest.raises(ValueError, match=r'has cls_token \[1, 1, 7\] instead of \[1, 1, 192\]'): load(state | {'cls_token': torch.zeros(1, 1, 7)})
+    with pytest.raises(ValueError, match=r'has cls_token \[1, 1, 7\] instead of \[1, 1, 192\]'):
+        load(state | {'cls_token': torch.zeros(1, 1, 7)})
     with pytest.raises(ValueError, match='holds no named weights'): load({})
     with pytest.raises(ValueError, match='holds a list'): load([1, 2])
 
@@ -173,13 +192,17 @@ def test_a_malicious_pickle_does_not_run(tmp_path):
     mark = tmp_path/'ran'
     class Bad:
         def __reduce__(self): return (Path.touch, (mark,))
-    for name, write in (('a.pth', lambda p: torch.save({'teacher': Bad()}, p)), ('b.pth', lambda p: p.write_bytes(pickle.dumps(Bad())))):
+    for name, write in (('a.pth', lambda p: torch.save({'teacher': Bad()}, p)),
+                        ('b.pth', lambda p: p.write_bytes(pickle.dumps(Bad())))):
         write(tmp_path/name)
-        with pytest.raises(ValueError, match=f'{name}: cannot be read as weights: it asks for'): F.ViTFeatures(DINO, tmp_path/name)
+        with pytest.raises(ValueError, match=f'{name}: cannot be read as weights: it asks for'):
+            F.ViTFeatures(DINO, tmp_path/name)
     assert not mark.exists()
 
 
-@pytest.mark.parametrize('name,content,message', [('no.pth', None, 'no such file'), ('w.npz', b'', 'must end in'), ('w.pth', b'', 'is empty'), ('w.safetensors', b'\x00'*20, 'cannot be read')])
+@pytest.mark.parametrize('name,content,message',
+                         [('no.pth', None, 'no such file'), ('w.npz', b'', 'must end in'), ('w.pth', b'', 'is empty'),
+                          ('w.safetensors', b'\x00'*20, 'cannot be read')])
 def test_broken_files(tmp_path, name, content, message):
     if content is not None: (tmp_path/name).write_bytes(content)
     with pytest.raises(ValueError, match=message): F.read_weights(tmp_path/name)
@@ -202,7 +225,8 @@ def test_faults_are_named(dino, call, message):
 
 def test_frozen_and_float32_out_of_bfloat16():
     f = F.ViTFeatures(stem, dtype=torch.bfloat16)
-    assert not f.train().training and not any(p.requires_grad for p in f.parameters()) and next(f.vit.parameters()).dtype == torch.bfloat16
+    assert not f.train().training
+    assert not any(p.requires_grad for p in f.parameters()) and next(f.vit.parameters()).dtype == torch.bfloat16
     g = F.ViTFeatures(stem); g.vit.load_state_dict({k: v.float() for k, v in f.vit.state_dict().items()})
     images = torch.randn(1, 3, 64, 64)
     a, b = f.patches(images), g.patches(images)
@@ -210,25 +234,37 @@ def test_frozen_and_float32_out_of_bfloat16():
     assert nn.functional.cosine_similarity(a, b, dim=1).min() > .98 and not torch.equal(a, b)
 
 
-@pytest.mark.parametrize('model,interpolation', [(stem, 'timm'), (small, 'dino'), ('vit_tiny_patch16_dinov3_qkvb', 'timm')])
+@pytest.mark.parametrize('model,interpolation',
+                         [(stem, 'timm'), (small, 'dino'), ('vit_tiny_patch16_dinov3_qkvb', 'timm')])
 def test_a_backbone_file_rebuilds_itself(tmp_path, model, interpolation):
     vit = F.build_vit(model).eval()
     for b in vit.buffers():
-        if b.is_floating_point() and b.ndim == 1: b.data += .3                        # statistics of the stem's norms travel too
+        if b.is_floating_point() and b.ndim == 1:
+            b.data += .3                        # statistics of the stem's norms travel too
     F.write_backbone(tmp_path/'b.safetensors', vit, model, interpolation=interpolation)
     F.write_backbone(tmp_path/'c.safetensors', vit, model, interpolation=interpolation)
     f = F.ViTFeatures.from_file(tmp_path/'b.safetensors')
-    assert (tmp_path/'b.safetensors').read_bytes() == (tmp_path/'c.safetensors').read_bytes() and f.interpolation == interpolation
-    stored = (lambda t: t) if isinstance(model, str) else (lambda t: t.half())          # ours in half precision, others' as they are
-    assert all(torch.equal(stored(a), stored(b)) for a, b in zip(f.vit.state_dict().values(), vit.state_dict().values()))
+    assert (tmp_path/'b.safetensors').read_bytes() == (tmp_path/'c.safetensors').read_bytes()
+    assert f.interpolation == interpolation
+    stored = lambda t: t if isinstance(model, str) else t.half()          # ours in half precision, others' as they are
+    assert all(torch.equal(stored(a), stored(b))
+               for a, b in zip(f.vit.state_dict().values(), vit.state_dict().values()))
 
 
-@pytest.mark.parametrize('name,patch,dim', [('vit_small_patch8_224.dino', 8, 384), ('vit_base_patch8_224.dino', 8, 768), ('vit_small_patch16_224.dino', 16, 384), ('vit_base_patch16_224.dino', 16, 768),
-    ('vit_small_patch14_dinov2.lvd142m', 14, 384), ('vit_base_patch14_reg4_dinov2.lvd142m', 14, 768), ('vit_small_patch16_dinov3.lvd1689m', 16, 384), ('vit_base_patch16_dinov3.lvd1689m', 16, 768)])
+@pytest.mark.parametrize('name,patch,dim',
+                         [('vit_small_patch8_224.dino', 8, 384), ('vit_base_patch8_224.dino', 8, 768),
+                          ('vit_small_patch16_224.dino', 16, 384), ('vit_base_patch16_224.dino', 16, 768),
+                          ('vit_small_patch14_dinov2.lvd142m', 14, 384),
+                          ('vit_base_patch14_reg4_dinov2.lvd142m', 14, 768),
+                          ('vit_small_patch16_dinov3.lvd1689m', 16, 384),
+                          ('vit_base_patch16_dinov3.lvd1689m', 16, 768)])
 def test_the_published_models_by_name(name, patch, dim):
-    with torch.device('meta'): f = F.ViTFeatures(name)                                 # shapes alone; no memory, no time
+    with torch.device('meta'):
+        f = F.ViTFeatures(name)                                 # shapes alone; no memory, no time
     got = f(torch.zeros(2, 3, 2*patch, 5*patch, device='meta'))
-    assert f.patch_size == patch and {k: tuple(v.shape) for k, v in got.items()} == dict(keys=(2, dim, 2, 5), patches=(2, dim, 2, 5), cls=(2, dim))
+    assert f.patch_size == patch
+    assert {k: tuple(v.shape) for k, v in got.items()} == dict(keys=(2, dim, 2, 5), patches=(2, dim, 2, 5),
+                                                               cls=(2, dim))
 
 
 def test_a_file_without_description_is_refused(tmp_path):
@@ -238,7 +274,8 @@ def test_a_file_without_description_is_refused(tmp_path):
 
 
 def test_more_processes_than_gpus_share_them(monkeypatch):
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True); monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     for rank, index in (('0', 0), ('1', 1), ('5', 1)):
         monkeypatch.setenv('LOCAL_RANK', rank)
         assert F.own_device() == torch.device('cuda', index)

@@ -1,4 +1,4 @@
-"""MaskCut against a plain restatement of the published procedure on the dense solver, and its behaviour at the edges."""
+"MaskCut against a plain restatement of the published procedure on the dense solver, and its behaviour at the edges."
 import json
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def tied(x):
     return len(set(labels[np.abs(x) > np.abs(x).max()*(1 - 1e-9)])) > 1
 
 def plain_maskcut(keys, tau, n_masks, eps=1e-5):
-    "Disjoint masks of each round (empty ones too), the smallest gap (0 where a tie decides), and the number of rounds where the sign decides."
+    "Disjoint masks of each round (empty too), the smallest gap (0 where a tie decides), rounds where the sign decides."
     _, h, w = keys.shape
     painted, before, out, gap, signs = np.zeros((h, w), bool), None, [], 1., 0
     for i in range(n_masks):
@@ -55,7 +55,8 @@ def scene(seed, h=14, w=18, d=24, sigma=.6, framed=False):
         cy, cx, r = torch.rand(3, generator=g)*torch.tensor([.8, .8, .2]) + .1
         label[(y - cy)**2 + (x - cx)**2 < r*r] = i + 1
     if framed: label[:2], label[-2:], label[:, :2], label[:, -2:] = 4, 4, 4, 4
-    return (torch.randn(5, d, generator=g)[label] + sigma*torch.randn(h, w, d, generator=g) + .4*torch.randn(d, generator=g)).permute(2, 0, 1).contiguous()
+    keys = torch.randn(5, d, generator=g)[label] + sigma*torch.randn(h, w, d, generator=g)
+    return (keys + .4*torch.randn(d, generator=g)).permute(2, 0, 1).contiguous()
 
 def same(ours, theirs):
     theirs = [m for m in theirs if m.any()]
@@ -124,7 +125,7 @@ def rounds_of(monkeypatch, regions):
 def block(rows, columns): m = np.zeros((10, 10), bool); m[:rows, :columns] = True; return m
 
 def test_a_rejected_region_comes_back(monkeypatch):
-    "Round 2 repeats round 1 and is dropped; round 3 has the same problem, is not solved again, and is compared with the empty region."
+    "Round 2 repeats round 1 and is dropped; round 3, the same problem, is not solved again and meets the empty region."
     accepted, solved = rounds_of(monkeypatch, [block(5, 5), block(5, 6)])
     assert len(solved) == 2
     assert (accepted[0] == block(5, 5)).all() and not accepted[1].any() and (accepted[2] == block(5, 6)).all()
@@ -209,7 +210,8 @@ def picture(seed, h=50, w=70):
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:h, 0:w]
     image = np.full((h, w, 3), (40, 120, 60)) + rng.normal(0, 4, (h, w, 3))
-    image[(y - h*rng.uniform(.35, .65))**2 + (x - w*rng.uniform(.35, .65))**2 < (.25*h)**2] = rng.integers(0, 2, 3)*155 + 100
+    disc = (y - h*rng.uniform(.35, .65))**2 + (x - w*rng.uniform(.35, .65))**2 < (.25*h)**2
+    image[disc] = rng.integers(0, 2, 3)*155 + 100
     return image.clip(0, 255).astype(np.uint8)
 
 def test_label_image_at_its_own_size():
@@ -217,24 +219,34 @@ def test_label_image_at_its_own_size():
     assert found and all(f['segmentation']['size'] == [50, 70] and 0 <= f['score'] <= 1 for f in found)
     assert decode_rle(found[0]['segmentation'])[25, 35]
 
-@pytest.mark.parametrize('image', [np.zeros((1, 1, 3), np.uint8), np.full((3, 500, 3), 255, np.uint8), picture(2)[:, :, :1].repeat(3, 2)])
+@pytest.mark.parametrize('image',
+                         [np.zeros((1, 1, 3), np.uint8), np.full((3, 500, 3), 255, np.uint8),
+                          picture(2)[:, :, :1].repeat(3, 2)])
 def test_odd_pictures(image):
     for f in label_image(image, Colours(), **OPTIONS): assert f['segmentation']['size'] == list(image.shape[:2])
 
 def test_disagreement_drops_a_mask():
-    assert len(label_image(picture(1), Colours(), **OPTIONS | dict(min_agreement=1.))) < len(label_image(picture(1), Colours(), **OPTIONS | dict(min_agreement=0.)))
+    strict, lenient = (label_image(picture(1), Colours(), **OPTIONS | dict(min_agreement=a)) for a in (1., 0.))
+    assert len(strict) < len(lenient)
 
 def test_score_is_the_agreement_off_the_border():
     image = picture(1)
-    _, agreement = refine(module.resize_image(image, (64, 64)), maskcut(Colours().keys(module.normalize(module.to_tensor(module.resize_image(image, (64, 64))))[None])[0], tau=.2, n_masks=1), crf=True)
+    small = module.resize_image(image, (64, 64))
+    keys = Colours().keys(module.normalize(module.to_tensor(small))[None])[0]
+    _, agreement = refine(small, maskcut(keys, tau=.2, n_masks=1), crf=True)
     (found,) = label_image(image, Colours(), **OPTIONS | dict(n_masks=1))
     mask = decode_rle(found['segmentation'])
-    assert not (mask[0].any() or mask[-1].any() or mask[:, 0].any() or mask[:, -1].any()) and found['score'] == round(agreement[0], 4)
+    assert not (mask[0].any() or mask[-1].any() or mask[:, 0].any() or mask[:, -1].any())
+    assert found['score'] == round(agreement[0], 4)
 
-@pytest.mark.parametrize('bad,message', [(dict(size=60), 'patch size 8, got 60'), (dict(feature='tokens'), 'tokens'), (dict(tau=2.), 'got 2.0'),
+@pytest.mark.parametrize('bad,message',
+                         [(dict(size=60), 'patch size 8, got 60'), (dict(feature='tokens'), 'tokens'),
+                          (dict(tau=2.), 'got 2.0'),
                                          (dict(n_masks=0), 'got 0'), (dict(min_agreement=1.5), 'got 1.5')])
 def test_options_are_checked_before_any_work(bad, message, tmp_path):
-    with pytest.raises(ValueError, match=message): label_images([dict(id=1, file_name='absent.png')], None or Colours(), root=tmp_path, folder=tmp_path, **OPTIONS | bad)
+    with pytest.raises(ValueError, match=message):
+        label_images([dict(id=1, file_name='absent.png')], None or Colours(), root=tmp_path, folder=tmp_path,
+                     **OPTIONS | bad)
 
 @pytest.fixture
 def folder(tmp_path):
@@ -244,7 +256,8 @@ def folder(tmp_path):
 
 def run(folder, to='work', features=None, **kw):
     root, items = folder
-    return label_images(items, features or Colours(), root=root, folder=root/to, shard_size=2, batch_size=2, desc='', **OPTIONS | kw)
+    return label_images(items, features or Colours(), root=root, folder=root/to, shard_size=2, batch_size=2, desc='',
+                        **OPTIONS | kw)
 
 def test_a_broken_file_is_named_and_the_rest_is_labelled(folder):
     coco, skipped = run(folder)
@@ -258,7 +271,8 @@ def test_a_broken_file_is_named_and_the_rest_is_labelled(folder):
 def test_a_replaced_picture_is_labelled_anew(folder):
     first = run(folder); write_png(folder[0]/'4.png', picture(40)[::-1, :50]); write_png(folder[0]/'2.png', picture(2))
     again = run(folder)
-    assert again == run(folder, 'fresh') and again[1] == [] and again[0]['images'][4]['width'] == 50 and first[0]['images'][3]['width'] == 70
+    assert again == run(folder, 'fresh')
+    assert again[1] == [] and again[0]['images'][4]['width'] == 50 and first[0]['images'][3]['width'] == 70
 
 def test_processes_change_no_byte(folder):
     alone, shared = run(folder, 'alone'), run(folder, 'shared', n_procs=2)
@@ -293,7 +307,8 @@ def test_digest_sees_every_weight():
 
 def test_digest_sees_how_positions_are_interpolated():
     from u2seg.features import ViTFeatures
-    timm, dino = (ViTFeatures(dict(img_size=32, patch_size=8, embed_dim=12, depth=1, num_heads=2), interpolation=i) for i in ('timm', 'dino'))
+    timm, dino = (ViTFeatures(dict(img_size=32, patch_size=8, embed_dim=12, depth=1, num_heads=2), interpolation=i)
+                  for i in ('timm', 'dino'))
     dino.load_state_dict(timm.state_dict())
     assert weights_digest(timm) != weights_digest(dino)
 
@@ -307,12 +322,22 @@ def test_every_strange_file_is_labelled_or_named(tmp_path):
     whole, to = Image.fromarray(picture(1)), tmp_path
     exif = Image.Exif(); exif[0x0112] = 6
     whole.save(to/'good.png'); whole.convert('CMYK').save(to/'cmyk.jpg'); whole.convert('P').save(to/'palette.png')
-    whole.convert('RGBA').save(to/'alpha.png'); whole.save(to/'turned.jpg', exif=exif); whole.resize((1, 1)).save(to/'pixel.png'); whole.resize((20000, 30)).save(to/'wide.png')
-    Image.fromarray(picture(1)[..., 0].astype(np.uint16)*257).save(to/'deep.png'); Image.new('1', (20000, 20000)).save(to/'bomb.png')
-    (to/'text.jpg').write_text('hello'); (to/'empty.jpg').write_bytes(b''); (to/'cut.png').write_bytes((to/'good.png').read_bytes()[:300])
+    whole.convert('RGBA').save(to/'alpha.png')
+    whole.save(to/'turned.jpg', exif=exif)
+    whole.resize((1, 1)).save(to/'pixel.png')
+    whole.resize((20000, 30)).save(to/'wide.png')
+    Image.fromarray(picture(1)[..., 0].astype(np.uint16)*257).save(to/'deep.png')
+    Image.new('1', (20000, 20000)).save(to/'bomb.png')
+    (to/'text.jpg').write_text('hello')
+    (to/'empty.jpg').write_bytes(b'')
+    (to/'cut.png').write_bytes((to/'good.png').read_bytes()[:300])
     names = sorted(p.name for p in to.iterdir())
-    coco, skipped = label_images([dict(id=i, file_name=n) for i, n in enumerate(names, 1)], Colours(), root=to, folder=to/'work', desc='', batch_size=5, **OPTIONS)
+    coco, skipped = label_images([dict(id=i, file_name=n) for i, n in enumerate(names, 1)], Colours(), root=to,
+                                 folder=to/'work', desc='', batch_size=5, **OPTIONS)
     sizes = {im['file_name']: (im['width'], im['height']) for im in coco['images']}
-    assert sorted(s['file_name'] for s in skipped) == ['bomb.png', 'cut.png', 'empty.jpg', 'text.jpg'] and all(s['file_name'] in s['reason'] for s in skipped)
-    assert sizes == {n: (70, 50) for n in ('alpha.png', 'cmyk.jpg', 'deep.png', 'good.png', 'palette.png')} | {'turned.jpg': (50, 70), 'pixel.png': (1, 1), 'wide.png': (20000, 30)}
-    assert all(a['segmentation']['size'] == list(sizes[coco['images'][[im['id'] for im in coco['images']].index(a['image_id'])]['file_name']])[::-1] for a in coco['annotations'])
+    assert sorted(s['file_name'] for s in skipped) == ['bomb.png', 'cut.png', 'empty.jpg', 'text.jpg']
+    assert all(s['file_name'] in s['reason'] for s in skipped)
+    whole_size = {n: (70, 50) for n in ('alpha.png', 'cmyk.jpg', 'deep.png', 'good.png', 'palette.png')}
+    assert sizes == whole_size | {'turned.jpg': (50, 70), 'pixel.png': (1, 1), 'wide.png': (20000, 30)}
+    name_of = {im['id']: im['file_name'] for im in coco['images']}
+    for a in coco['annotations']: assert a['segmentation']['size'] == list(sizes[name_of[a['image_id']]])[::-1]

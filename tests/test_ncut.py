@@ -1,8 +1,13 @@
 """The normalized cut against LAPACK's dense solver in double precision, and where there is nothing to cut."""
-import numpy as np, pytest, scipy.linalg, torch
-from hypothesis import given, settings, strategies as st
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from u2seg.ncut import fiedler, lanczos, affinity_product, orient, propagate, second_eigenvector, spectral_gap, token_graph, token_affinity
+from u2seg.ncut import affinity_product, fiedler, lanczos, orient, propagate, second_eigenvector, spectral_gap
+from u2seg.ncut import token_affinity, token_graph
 
 torch.set_num_threads(1)
 
@@ -17,11 +22,13 @@ def dense(keys, alive=None, *, tau, eps=1e-5):
 
 def rng(seed): return torch.Generator().manual_seed(seed)
 
-def noise(seed, n=300, d=24): return torch.randn(d, n, generator=rng(seed)) + .4*torch.randn(d, 1, generator=rng(seed + 100))
+def noise(seed, n=300, d=24):
+    return torch.randn(d, n, generator=rng(seed)) + .4*torch.randn(d, 1, generator=rng(seed + 100))
 
 def groups(seed, n=300, d=24, k=4, sigma=.7):
     g = rng(seed)
-    return torch.randn(k, d, generator=g)[torch.randint(0, k, (n,), generator=g)].T + sigma*torch.randn(d, n, generator=g) + .4*torch.randn(d, 1, generator=g)
+    return torch.randn(k, d, generator=g)[torch.randint(0, k, (n,), generator=g)].T + sigma*torch.randn(d, n,
+            generator=g) + .4*torch.randn(d, 1, generator=g)
 
 def bridged(seed, n=300, d=24):
     "Two groups without a link, save through three tokens."
@@ -75,8 +82,10 @@ def test_few_tokens(n):
         assert abs(got @ want)/np.linalg.norm(got)/np.linalg.norm(want) > 1 - 1e-6
     assert found >= 4
 
-@pytest.mark.parametrize('name,keys', [('equal', torch.ones(5, 40)), ('unrelated', torch.eye(40)), ('zero', torch.zeros(5, 40)),
-                                       ('two equal halves', torch.eye(2)[:, torch.arange(40) % 2]), ('opposite', torch.tensor([[1., -1.]]).repeat(3, 20))])
+@pytest.mark.parametrize('name,keys',
+                         [('equal', torch.ones(5, 40)), ('unrelated', torch.eye(40)), ('zero', torch.zeros(5, 40)),
+                                       ('two equal halves', torch.eye(2)[:, torch.arange(40) % 2]),
+                                       ('opposite', torch.tensor([[1., -1.]]).repeat(3, 20))])
 def test_degenerate_graphs_give_a_vector_of_the_right_space(name, keys):
     values, _ = dense(keys, tau=.1)
     g = token_graph(token_affinity(keys[None], tau=.1))
@@ -87,8 +96,11 @@ def test_degenerate_graphs_give_a_vector_of_the_right_space(name, keys):
     x = second_eigenvector(keys[None], tau=.1)
     assert torch.isfinite(x).all() and x.abs().max() > 0 and (x == second_eigenvector(keys[None], tau=.1)).all()
 
-@pytest.mark.parametrize('bad,tau,message', [(torch.full((1, 3, 5), float('nan')), .1, 'NaN'), (torch.full((1, 3, 5), float('inf')), .1, 'NaN or infinite'),
-    (torch.ones(3, 5), .1, r'\[3, 5\]'), (torch.ones(1, 3, 1), .1, 'at least 2 tokens, got 1'), (torch.ones(1, 3, 5), 1., 'got 1.0'),
+@pytest.mark.parametrize('bad,tau,message',
+                         [(torch.full((1, 3, 5), float('nan')), .1, 'NaN'),
+                          (torch.full((1, 3, 5), float('inf')), .1, 'NaN or infinite'),
+    (torch.ones(3, 5), .1, r'\[3, 5\]'), (torch.ones(1, 3, 1), .1, 'at least 2 tokens, got 1'),
+    (torch.ones(1, 3, 5), 1., 'got 1.0'),
     (torch.ones(1, 3, 5), -.1, 'got -0.1'), (torch.ones(1, 3, 5), float('nan'), 'got nan')])
 def test_bad_input_is_named(bad, tau, message):
     for function in (token_affinity, second_eigenvector, spectral_gap):
@@ -96,28 +108,29 @@ def test_bad_input_is_named(bad, tau, message):
 
 @given(st.integers(2, 70), st.integers(1, 80), st.floats(0, .99), st.integers(0, 99))
 @settings(max_examples=30, deadline=None)
-def test_links_equal_the_definition(n, block, tau, seed):
+def test_affinity_equals_the_definition(n, block, tau, seed):
     keys = torch.randn(2, 4, n, generator=rng(seed))
-    links = token_affinity(keys, tau=tau, block=block)
+    affinity = token_affinity(keys, tau=tau, block=block)
     f = keys.double()/keys.double().norm(dim=1, keepdim=True)
     cosine = f.mT @ f
     clear = (cosine - tau).abs() > 1e-6
-    assert ((links == 1) == (cosine > tau))[clear].all() and (links == links.mT).all() and set(links.unique().tolist()) <= {0, 1}
+    assert ((affinity == 1) == (cosine > tau))[clear].all()
+    assert (affinity == affinity.mT).all() and set(affinity.unique().tolist()) <= {0, 1}
 
 @given(st.integers(2, 400), st.integers(0, 99), st.sampled_from([1e-20, 1e-3, 1., 1e6]))
 @settings(max_examples=30, deadline=None)
 def test_integer_product_is_at_least_as_good_as_float32(n, seed, scale):
-    links = (torch.rand(1, n, n, generator=rng(seed)) > .4).to(torch.int8)
+    affinity = (torch.rand(1, n, n, generator=rng(seed)) > .4).to(torch.int8)
     u = scale*torch.randn(1, n, generator=rng(seed + 1))
-    exact = links.double() @ u.double()[..., None]
-    error = (affinity_product(links, u).double() - exact[..., 0]).abs().max()
+    exact = affinity.double() @ u.double()[..., None]
+    error = (affinity_product(affinity, u).double() - exact[..., 0]).abs().max()
     assert error <= 1e-7*(exact.abs().max() + u.abs().max())
 
 @given(st.integers(2, 400), st.integers(0, 99), st.sampled_from([1e-20, 1e-3, 1., 1e6]))
 @settings(max_examples=30, deadline=None)
 def test_integer_product_has_the_bits_of_its_definition(n, seed, scale):
     "Four digits to the base 128, each summed by itself in whole numbers."
-    links = (torch.rand(n, n, generator=rng(seed)) > .4).to(torch.int8)
+    affinity = (torch.rand(n, n, generator=rng(seed)) > .4).to(torch.int8)
     u = scale*torch.randn(n, generator=rng(seed + 1))
     rest, total = u.double(), torch.zeros(n, dtype=torch.float64)
     for k in (6, 13, 20, 27):
@@ -125,23 +138,23 @@ def test_integer_product_has_the_bits_of_its_definition(n, seed, scale):
         digit = (rest/unit).round()
         assert digit.abs().max() <= 64                      # a byte holds it
         rest = rest - digit*unit
-        total += unit*(links.long() @ digit.long()).double()
-    assert torch.equal(affinity_product(links[None], u[None])[0], total.float())
+        total += unit*(affinity.long() @ digit.long()).double()
+    assert torch.equal(affinity_product(affinity[None], u[None])[0], total.float())
 
 def test_product_with_zero_is_zero():
     assert (affinity_product(torch.ones(1, 5, 5, dtype=torch.int8), torch.zeros(1, 5)) == 0).all()
 
-def test_float_links_of_a_gpu_give_the_same_vector():
-    links = token_affinity(torch.stack([groups(0), groups(1)]), tau=.2)
-    solve = lambda links: (lambda g: orient(g, fiedler(g)))(token_graph(links))
-    assert (solve(links) - solve(links.float())).abs().max() < 1e-4
+def test_float_affinity_of_a_gpu_give_the_same_vector():
+    affinity = token_affinity(torch.stack([groups(0), groups(1)]), tau=.2)
+    solve = lambda affinity: (lambda g: orient(g, fiedler(g)))(token_graph(affinity))
+    assert (solve(affinity) - solve(affinity.float())).abs().max() < 1e-4
 
 def test_an_image_does_not_depend_on_its_batch():
     keys = torch.stack([groups(0), bridged(1), noise(2), torch.ones(24, 300)])
     together = second_eigenvector(keys, tau=.2)
     for k, x in zip(keys, together): assert (second_eigenvector(k[None], tau=.2)[0] == x).all()
-    links = token_affinity(keys[:3], tau=.2)                  # the batched walk itself, as a GPU does it
-    g = token_graph(links)
+    affinity = token_affinity(keys[:3], tau=.2)                  # the batched walk itself, as a GPU does it
+    g = token_graph(affinity)
     x = g.scale*orient(g, fiedler(g))
     assert torch.nn.functional.cosine_similarity(x, together[:3], dim=1).min() > 1 - 1e-6
 
