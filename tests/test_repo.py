@@ -1,14 +1,22 @@
 """The repository as a whole: library and notebooks agree, notebooks are clean and small, each knob has one place."""
-import configparser, json, os, re, shutil, subprocess, sys
+import ast
+import configparser
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
 import pytest
 import yaml
 
-from u2seg import recipes as R
 import limits
+from u2seg import cli
 from u2seg import pipeline as P
+from u2seg import recipes as R
 from u2seg import stage as S
 
 root = Path(__file__).parents[1]
@@ -20,12 +28,13 @@ bin_ = Path(sys.executable).parent
 def copy(tmp_path_factory):
     "A copy of what nbdev works on."
     to = tmp_path_factory.mktemp('copy')
-    for name in ('nbs', 'u2seg'): shutil.copytree(root/name, to/name, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints', '_proc'))
+    ignore = shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints', '_proc')
+    for name in ('nbs', 'u2seg'): shutil.copytree(root/name, to/name, ignore=ignore)
     for name in ('settings.ini', 'README.md', 'setup.py'): shutil.copy(root/name, to/name)
     return to
 
 
-def run(copy, *cmd): subprocess.run([bin_/cmd[0], *cmd[1:]], cwd=copy, check=True, env=os.environ | {'PYTHONPATH': str(copy)})
+def run(copy, command): subprocess.run([bin_/command], cwd=copy, check=True, env=os.environ | {'PYTHONPATH': str(copy)})
 
 
 def test_library_is_what_the_notebooks_export(copy):
@@ -33,7 +42,8 @@ def test_library_is_what_the_notebooks_export(copy):
     run(copy, 'nbdev_export')
     after = {p.name: p.read_text() for p in (copy/'u2seg').glob('*.py')}
     assert before.keys() == after.keys()
-    assert [n for n in after if after[n] != before[n]] == [], 'run nbdev_export (or nbdev_update, if the module was edited)'
+    changed = [n for n in after if after[n] != before[n]]
+    assert changed == [], 'run nbdev_export (or nbdev_update, if the module was edited)'
 
 
 def test_notebooks_are_clean(copy):
@@ -97,7 +107,8 @@ def test_module_imports_only_from_lower_numbers():
         m = re.search(r'#\| *default_exp +(\w+)', p.read_text())
         if m: number[m[1]] = int(p.name[:2])
     for name in number.keys() - {'cli'}:                      # the command line imports what a verb needs
-        for other in imports((root/'u2seg'/f'{name}.py').read_text()): assert number[other] < number[name], f'{name} imports from {other}'
+        for other in imports((root/'u2seg'/f'{name}.py').read_text()):
+            assert number[other] < number[name], f'{name} imports from {other}'
 
 
 def test_params_are_the_notebooks_defaults():
@@ -118,13 +129,15 @@ def test_recipes_fit_the_stages(recipe, tmp_path):
 
 def test_only_evaluation_reads_ground_truth():
     for name in S.stages(root):
-        source = S.stage_notebook(root, name).read_text()
-        if name not in ('evaluate', 'fewshot'): assert 'annotations/' not in source and 'data_val' not in S.declared(nbformat.read(S.stage_notebook(root, name), 4)), name
+        if name in ('evaluate', 'fewshot'): continue
+        path = S.stage_notebook(root, name)
+        assert 'annotations/' not in path.read_text() and 'data_val' not in S.declared(nbformat.read(path, 4)), name
 
 
 def imports(source):
     "Modules of the library that a source imports, in any form."
-    named = [x.split(' as ')[0].strip() for l in re.findall(r'^ *from (?:u2seg|\.) import (.+)$', source, re.M) for x in l.split(',')]
+    lists = re.findall(r'^ *from (?:u2seg|\.) import (.+)$', source, re.M)
+    named = [x.split(' as ')[0].strip() for x in ','.join(lists).split(',') if x]
     return [*named, *re.findall(r'^ *from (?:u2seg)?\.(\w+) import', source, re.M)]
 
 
@@ -133,7 +146,8 @@ def test_pipeline_names_every_stage_and_its_modules():
     assert list(dvc) == S.stages(root)
     for name, stage in dvc.items():
         shared = S.declared(nbformat.read(S.stage_notebook(root, name), 4)).keys() & {*S.SHARED}
-        assert stage['cmd'] == f'u2seg run {name}' and {name, *shared} <= {p for p in stage['params'] if isinstance(p, str)}
+        assert stage['cmd'] == f'u2seg run {name}'
+        assert {name, *shared} <= {p for p in stage['params'] if isinstance(p, str)}
         if name == 'features': continue                       # retrained only when its parameters change
         notebook = S.stage_notebook(root, name)
         assert f'nbs/{notebook.name}' in stage['deps']
@@ -147,25 +161,20 @@ def test_pipeline_names_every_stage_and_its_modules():
 
 
 def test_random_state_and_checkpoints_name_their_device():
-    "Without `devices`, fork_rng keeps the state of every GPU and warns; without `map_location`, a file of another machine's GPU cannot be read."
-    import ast
+    "fork_rng without `devices` keeps the state of every GPU; load without `map_location` needs the GPU that saved."
     needs = dict(fork_rng={'devices'}, load={'map_location', 'weights_only'})
     for path in sorted((root/'u2seg').glob('*.py')):
         for call in ast.walk(ast.parse(path.read_text())):
-            if not isinstance(call, ast.Call) or not ast.unparse(call.func).startswith('torch.') or not isinstance(call.func, ast.Attribute): continue
-            assert needs.get(call.func.attr, set()) <= {k.arg for k in call.keywords}, f'{path.name}: {ast.unparse(call)[:80]}'
+            if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute): continue
+            if not ast.unparse(call.func).startswith('torch.'): continue
+            given = {k.arg for k in call.keywords}
+            assert needs.get(call.func.attr, set()) <= given, f'{path.name}: {ast.unparse(call)[:80]}'
 
 
 def settings():
     parser = configparser.ConfigParser(delimiters=['='], interpolation=None)
     parser.read(root/'settings.ini')
     return dict(parser['DEFAULT'])
-
-
-def tracked(*patterns):
-    "Files that git knows or would add."
-    said = subprocess.run(['git', 'ls-files', '-co', '--exclude-standard', '--', *patterns], cwd=root, check=True, capture_output=True, text=True)
-    return [root/name for name in said.stdout.splitlines() if (root/name).is_file()]
 
 
 def test_the_package_cannot_be_taken_for_the_authors():
@@ -188,8 +197,15 @@ def test_the_citation_names_this_version_and_the_paper():
 
 def test_the_package_holds_its_data(tmp_path):
     "What is not a module travels too: the mark of types, the default parameters."
-    subprocess.run([sys.executable, 'setup.py', '-q', 'build_py', '-d', tmp_path], cwd=root, check=True, capture_output=True)
-    assert {p.name for p in (tmp_path/'u2seg').iterdir() if p.is_file() and p.suffix != '.py'} == {'py.typed', 'embedded.yaml'}
+    command = [sys.executable, 'setup.py', '-q', 'build_py', '-d', tmp_path]
+    subprocess.run(command, cwd=root, check=True, capture_output=True)
+    files = {p.name for p in (tmp_path/'u2seg').iterdir() if p.is_file()}
+    assert {name for name in files if not name.endswith('.py')} == {'py.typed', 'embedded.yaml'}
+
+
+def test_the_command_names_the_distribution(capsys):
+    with pytest.raises(SystemExit) as e: cli.main(['--version'])
+    assert e.value.code == 0 and capsys.readouterr().out == f"u2seg-notebooks {settings()['version']}\n"
 
 
 def test_public_ci_and_hooks_call_what_is_here():
