@@ -11,7 +11,8 @@ from u2seg.kmeans import assign
 from u2seg.baselines import model_records
 from u2seg.features import ViTFeatures
 from u2seg.images import write_png
-from u2seg.labeller import Head, Labeller, extractor, patch_codes, segment
+from u2seg.labeller import Head, Labeller, extractor
+from u2seg.semantic import patch_codes, segment
 from u2seg.maskcut import label_images
 from u2seg.checkpoints import save_weights
 from u2seg.model import build_model

@@ -1,4 +1,4 @@
-"""STEGO against loops that write out METHOD's formulas, and its training and files against interruptions and foul input."""
+"""STEGO against loops that write out its formulas, and its training and files against interruptions and foul input."""
 import csv, os, sys, types
 
 import numpy as np
@@ -7,21 +7,24 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from u2seg import labeller as labelling, stego
+from u2seg import semantic, stego
 from u2seg.correspondence import correspondence_loss, nearest_images, random_partners, random_points, sample, stego_loss
 from u2seg.images import normalize, read_image, to_tensor
 from u2seg.kmeans import spherical_kmeans
-from u2seg.labeller import (Head, Labeller, PatchFeatures, PcaHead, collect_files, extractor, gather_features, load_labeller, pixel_probs, probe_loss, read_semantic, save_labeller, segment,
-                            segmenter, training_view, write_semantic)
-from u2seg.stego import fit_kmeans, fit_labeller, fit_stego, linear_probe, load_stego_checkpoint, refit_probe, step_batch
+from u2seg.labeller import (
+    Head, Labeller, PatchFeatures, PcaHead, extractor, gather_features, load_labeller, probe_loss, save_labeller,
+    training_view)
+from u2seg.semantic import collect_files, pixel_probs, read_semantic, segment, segmenter, write_semantic
+from u2seg.stego import (
+    check_options, fit_kmeans, fit_stego, linear_probe, load_stego_checkpoint, refit_probe, step_batch)
 
 G = lambda seed=0: torch.Generator().manual_seed(seed)
 KNOBS = dict(w_self=.67, w_knn=.25, w_rand=.63, b_self=.08, b_knn=.02, b_rand=.3, n_points=4, n_random=2, pointwise=True)
 FIT = dict(n_classes=3, code_dim=4, dropout=.1, n_iters=12, batch_size=4, lr=1e-2, lr_probe=5e-2, seed=5, log_every=1) | KNOBS
 
 
-def plain_loss(f, g, c, s, shift, pointwise=True, zero_clamp=True):
-    "METHOD section 4, written out: float64 lists and loops."
+def plain_loss(f, g, c, s, shift, pointwise=True):
+    "Eq. 2 to 4 of STEGO with centring and zero clamp, written out: float64 lists and loops."
     f, g, c, s = (np.asarray(x.detach(), float) for x in (f, g, c, s))
     B, h, w, i_, j_ = f.shape[0], *f.shape[2:], *g.shape[2:]
     def cos(a, b): return float(np.dot(a, b) / (max(np.sqrt(np.dot(a, a)), 1e-10) * max(np.sqrt(np.dot(b, b)), 1e-10)))
@@ -34,20 +37,19 @@ def plain_loss(f, g, c, s, shift, pointwise=True, zero_clamp=True):
         for y, x, v, u in grid:
             F_ = big[b, y, x, v, u] - (row[b, y, x] - mean if pointwise else 0)
             S_ = cos(c[b, :, y, x], s[b, :, v, u])
-            total += -(max(S_, 0) if zero_clamp else S_) * (F_ - shift)
+            total += -max(S_, 0) * (F_ - shift)
     return total / len(big)
 
 
 @pytest.mark.parametrize('dtype,tol', [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 @pytest.mark.parametrize('pointwise', [True, False])
-@pytest.mark.parametrize('zero_clamp', [True, False])
-def test_loss_equals_the_loops(dtype, tol, pointwise, zero_clamp):
+def test_loss_equals_the_loops(dtype, tol, pointwise):
     g = G()
     f, f2 = torch.randn(3, 5, 3, 4, generator=g, dtype=dtype), torch.randn(3, 5, 2, 3, generator=g, dtype=dtype) + .5
     c, c2 = torch.randn(3, 6, 3, 4, generator=g, dtype=dtype), torch.randn(3, 6, 2, 3, generator=g, dtype=dtype)
     for shift in (-.3, 0., .66):
-        got = correspondence_loss(f, f2, c, c2, shift, pointwise=pointwise, zero_clamp=zero_clamp)
-        assert abs(got.item() - plain_loss(f, f2, c, c2, shift, pointwise, zero_clamp)) < tol
+        got = correspondence_loss(f, f2, c, c2, shift, pointwise=pointwise)
+        assert abs(got.item() - plain_loss(f, f2, c, c2, shift, pointwise)) < tol
 
 
 def test_loss_of_zero_vectors_is_finite():
@@ -68,10 +70,10 @@ def test_gradient():
     assert f.grad is None                                                        # the features are a target, nothing learns through them
 
 
-def test_upper_clamp_and_grids():
-    one = torch.ones(1, 2, 1, 1)
-    assert correspondence_loss(one, one, one, one, 0., max_agreement=.8).item() == pytest.approx(-.8)
-    with pytest.raises(ValueError, match='one grid'): correspondence_loss(torch.zeros(1, 2, 3, 3), torch.zeros(1, 2, 3, 3), torch.zeros(1, 2, 2, 3), torch.zeros(1, 2, 3, 3), 0.)
+def test_features_and_codes_lie_on_one_grid():
+    x, y = torch.zeros(1, 2, 3, 3), torch.zeros(1, 2, 2, 3)
+    with pytest.raises(ValueError, match='one grid'): correspondence_loss(x, x, y, x, 0.)
+    with pytest.raises(ValueError, match='one grid'): correspondence_loss(x, x, x, y, 0.)
 
 
 def test_sampling_is_bilinear_with_aligned_corners_and_border():
@@ -321,7 +323,7 @@ def test_export_resumes_and_survives_the_pipelines_clearing(pictures, labeller, 
         assert m.shape == read_image(root/files[r['id'] - 1]['file_name']).shape[:2] and m.max() < 5 and np.bincount(m.ravel(), minlength=5).tolist() == r['counts']
     import shutil
     shutil.rmtree(root/'semantic')
-    monkeypatch.setattr(labelling, 'segment', lambda *a, **k: 1 / 0)                 # finished work is not done again
+    monkeypatch.setattr(semantic, 'segment', lambda *a, **k: 1 / 0)                 # finished work is not done again
     run()
     assert want == {p.name: p.read_bytes() for p in (root/'semantic').iterdir()}
     labeller.clusters += 1
@@ -351,7 +353,7 @@ def test_processes_write_the_same_maps(pictures):
 def test_another_backbone_is_asked_again(pictures, labeller, monkeypatch):
     root, files = pictures; run = lambda name: write_semantic(labeller, extract, root, files, root/'semantic', work_folder=root/'work', key=dict(weights=name), **ARGS)
     run('one')
-    monkeypatch.setattr(labelling, 'segment', lambda *a, **k: 1 / 0)
+    monkeypatch.setattr(semantic, 'segment', lambda *a, **k: 1 / 0)
     run('one')
     with pytest.raises(ZeroDivisionError): run('two')
 
@@ -442,12 +444,29 @@ def test_segmenter_rebuilds_the_stage_from_its_file(tmp_path):
     with pytest.raises(ValueError, match='block0, block1, got'): extractor(vit, 'block2')
 
 
-def test_choice_of_labeller(features, tmp_path):
-    feats, neighbors = features; args = {k: v for k, v in FIT.items() if k != 'log_every'}
-    sgd, km, plain = (fit_labeller(feats, neighbors, labeller=l, probe=p, smooth=1, folder=tmp_path, **args) for l, p in (('stego', 'sgd'), ('stego', 'kmeans'), ('kmeans', 'sgd')))
-    assert torch.equal(sgd.code(feats), km.code(feats)) and not torch.equal(sgd.clusters, km.clusters) and isinstance(plain.head, PcaHead)
-    for bad in (dict(labeller='cause', probe='sgd'), dict(labeller='stego', probe='em')):
-        with pytest.raises(ValueError, match='cause|em'): fit_labeller(feats, neighbors, smooth=1, folder=tmp_path, **bad, **args)
+def test_the_baseline_trains_nothing_and_a_new_probe_keeps_the_codes(features, tmp_path):
+    feats, neighbors = features
+    trained = fit_stego(feats, neighbors, folder=tmp_path, **FIT)
+    refit = refit_probe(trained, feats, seed=5)
+    plain = fit_kmeans(feats, n_classes=3, code_dim=4, smooth=1, seed=5)
+    assert torch.equal(trained.code(feats), refit.code(feats))
+    assert not torch.equal(trained.clusters, refit.clusters)
+    assert isinstance(plain.head, PcaHead)
+
+
+GOOD = dict(labeller='stego', probe='sgd', feature='keys', size=64, crops='five', n_classes=27, batch_size=2, dropout=0.,
+            smooth=1, segment=dict(size=32, alpha=1.), crf=None, counts=dict(n_points=1), positive=dict(max_gb=.1))
+
+@pytest.mark.parametrize('bad, words', [
+    (dict(labeller='cause'), "labeller must be 'stego' or 'kmeans', got 'cause'"), (dict(probe='em'), 'probe must be'),
+    (dict(feature='block'), 'feature must be'), (dict(crops='ten'), 'crops must be'), (dict(size=31), 'size must be 32'),
+    (dict(segment=dict(size=31, alpha=1.)), 'segment.size must be 32'), (dict(n_classes=1), 'n_classes must lie in 2'),
+    (dict(segment=dict(size=32, alpha=0.)), 'segment.alpha must'), (dict(batch_size=1), 'batch_size must be 2'),
+    (dict(dropout=1.), r'dropout must lie in \[0, 1\)'), (dict(smooth=2), 'smooth must be odd'),
+    (dict(counts=dict(n_points=0)), 'n_points must be 1'), (dict(positive=dict(lr=0.)), 'lr must be positive')])
+def test_rules_of_the_parameters(bad, words):
+    check_options(**GOOD)
+    with pytest.raises(ValueError, match=words): check_options(**GOOD | bad)
 
 
 def release_names(code_dim=4):
@@ -513,5 +532,5 @@ def test_published_settings_are_complete_sections():
         s = params['stego']
         assert s['code_dim'] == (90 if 'base' in f.stem else 70) and s['n_classes'] == 27 and s['pointwise'] and s['probe'] == 'sgd' and s['crops'] == 'five'
     shifts = {f.stem: [yaml.safe_load(compose(f'stego/{f.stem}', root))['stego'][k] for k in ('w_self', 'w_knn', 'w_rand', 'b_self', 'b_knn', 'b_rand')] for f in files}
-    assert shifts['coco27_vit_small'] == [.67, .25, .63, .08, .02, .66]                  # METHOD, section 4
+    assert shifts['coco27_vit_small'] == [.67, .25, .63, .08, .02, .66]                  # as published
     assert shifts['coco27_vit_base'] == pytest.approx([.1, 1, .1538476246, .12, .2, 1])

@@ -14,8 +14,8 @@ from numba import njit
 from pycocotools import mask as coco_mask
 
 from .images import by_image, compressed, instances_json, next_run, read_json, write_ids, write_json, write_png
+from .semantic import collect_files, read_semantic
 from .shards import sharded
-from .labeller import collect_files, read_semantic
 
 # %% ../nbs/60_panoptic.ipynb #paint_order
 def _paint_order(instances:list[dict], boxes:np.ndarray)->np.ndarray:
