@@ -55,8 +55,8 @@ def check_config(config:dict)->dict: # complete
     for k, v in c.items():
         like = DEFAULTS.get(k, 0)
         good = {bool: bool, int: numbers.Integral, float: numbers.Real, str: str, list: (list, tuple)}[type(like)]
-        if not isinstance(v, good) or isinstance(v, bool) != isinstance(like, bool): raise ValueError(f'model setting {k} must be {type(like).__name__}, got {v!r}')
-        if k in CHOICES and v not in CHOICES[k]: raise ValueError(f'model setting {k} must be one of {", ".join(map(repr, CHOICES[k]))}, got {v!r}')
+        if not isinstance(v, good) or isinstance(v, bool) != isinstance(like, bool): raise ValueError(f'model setting {k} must be {type(like).__name__}, got {v!r:.80}')
+        if k in CHOICES and v not in CHOICES[k]: raise ValueError(f'model setting {k} must be one of {", ".join(map(repr, CHOICES[k]))}, got {v!r:.80}')
         if isinstance(like, (int, float)) and not isinstance(like, bool) and v < 0: raise ValueError(f'model setting {k} must not be negative, got {v}')
     n_levels = 6 - c['fpn_first'] + 1
     if c['n_things'] < 1: raise ValueError(f"n_things must be at least 1, got {c['n_things']}")
