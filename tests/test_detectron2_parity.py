@@ -23,6 +23,7 @@ from u2seg import cascade as cascade_module
 from u2seg import rpn as rpn_module
 from u2seg.boxes import box_iou, clip_boxes, decode_boxes
 from u2seg.cascade import cascade_losses
+from u2seg.pixels import results
 from u2seg.rpn import top_proposals
 from u2seg.scenes import draw_scene
 
@@ -129,7 +130,7 @@ def compare_inference(mine, theirs, images):
             logits, (sem, _) = mine.sem_seg_head(f), theirs.sem_seg_head(g)
             close(logits, theirs.sem_seg_head.layers(g), 'semantic logits')
             detections = cascade_module.detections(mine.roi_heads, f, [q[0].proposal_boxes.tensor], shapes)      # the same proposals from here on
-            a = ours.results(detections, logits, shapes, shapes, mine.config)[0]
+            a = results(detections, logits, shapes, shapes, mine.config)[0]
             b = postprocess(theirs, theirs.roi_heads(image_list, g, q)[0], sem, d[0], image_list)
             seen |= compare_results(a, b, mine.config)
     assert seen == {True, False}, f'the panoptic maps show too little: {seen}'
@@ -237,7 +238,7 @@ def inference_gaps(mine, theirs, x, monkeypatch)->dict:
                    proposals=gap(p[0], boxes), scores=gap(probs, caught['scores']), boxes=gap(last, clip_boxes(caught['boxes'], *shapes[0])) / max(shapes[0]), sem_logits=gap(sem, sem2))
         out['masks'], same.scores = gap(found[0]['mask_probs'], masks), found[0]['scores']
         out['chosen'] = float(abs(len(found[0]['scores']) - len(instances[0]))) if len(found[0]['scores']) != len(instances[0]) else gap(found[0]['scores'], instances[0].scores)
-        a, b = ours.results(found, sem, shapes, shapes, mine.config)[0], postprocess(theirs, [same], theirs.sem_seg_head(g)[0], d[0], image_list)
+        a, b = results(found, sem, shapes, shapes, mine.config)[0], postprocess(theirs, [same], theirs.sem_seg_head(g)[0], d[0], image_list)
         out |= dict(n_found=len(a['labels']), mask_pixels=(a['masks'] != b['instances'].pred_masks).double().mean().item(), panoptic_pixels=(a['panoptic'][0] != b['panoptic_seg'][0]).double().mean().item(),
                     n_segments=len(a['panoptic'][1]))
     monkeypatch.setattr(d2_cascade, 'fast_rcnn_inference', inner)

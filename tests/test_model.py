@@ -16,6 +16,7 @@ from u2seg.checkpoints import load_weights, rename_weights, save_weights
 from u2seg.roialign import Pooler, region_levels
 from u2seg.rpn import grouped_nms, top_proposals
 from u2seg.model import build_model
+from u2seg.pixels import combine, mask_to_coco, paste_masks, PastedMasks, results, StuffScores
 from u2seg.weights import read_weights
 
 TINY = dict(n_things=3, n_stuff=2, depth=18, width=8, n_blocks=[1, 1, 1, 1], norm='BN', fpn_norm='BN', fpn_channels=16, fc_dim=16, mask_dim=8, n_mask_convs=1, sem_dim=16, rpn_batch=32,
@@ -295,18 +296,40 @@ def test_semantic_loss_at_a_stride():
 
 # ---- masks and panoptic maps
 
+@pytest.mark.parametrize('seed', range(8))
+def test_large_images_have_the_same_results(seed):
+    "What is pasted and interpolated piece by piece is what is computed at once."
+    rng = np.random.default_rng(seed)
+    H, W, n = (int(v) for v in rng.integers((20, 20, 0), (90, 90, 7)))
+    corners = torch.from_numpy(rng.uniform(-9, 60, (n, 2))).float()
+    boxes = torch.cat([corners, corners + torch.from_numpy(rng.uniform(1, 60, (n, 2))).float()], 1)
+    found = dict(boxes=boxes, scores=torch.from_numpy(rng.random(n)).float(),
+                 labels=torch.from_numpy(rng.integers(0, 3, n)), mask_probs=torch.from_numpy(rng.random((n, 9, 9))).float())
+    logits = torch.from_numpy(rng.normal(size=(1, 5, 12, 16))).float()
+    config = dict(n_things=3, fpn_first=2, stem_pool=True, panoptic_score=.2, panoptic_overlap=.5, panoptic_area=9)
+    whole, lazy = (results([dict(found)], logits, [(48, 60)], [(H, W)], config, large=k)[0] for k in (H*W, 0))
+    assert isinstance(lazy['masks'], PastedMasks) and isinstance(lazy['sem_logits'], StuffScores)
+    assert len(whole['masks']) == len(lazy['masks'])
+    for i, m in enumerate(whole['masks'].numpy()):
+        assert np.array_equal(m, lazy['masks'][i].numpy())
+        assert mask_to_coco(lazy['masks'].numpy(), i) == mask_to_coco(whole['masks'].numpy(), i)
+    for k in (slice(None), slice(1, None)):
+        assert torch.equal(whole['sem_logits'][k].argmax(0), lazy['sem_logits'][k].argmax(0).long())
+    assert torch.equal(whole['panoptic'][0], lazy['panoptic'][0])
+    assert whole['panoptic'][1] == lazy['panoptic'][1]
+
 def test_paste_against_grid_sample():
     torch.manual_seed(0)
     probs, H, W = torch.rand(30, 9, 9), 40, 56
     boxes = random_boxes(30, 6, 50.) - 6
     boxes[:, 2::2].clamp_(max=W + 9)
-    got = M.paste_masks(probs, boxes, H, W)
+    got = paste_masks(probs, boxes, H, W)
     for p, b, m in zip(probs, boxes, got):
         y, x = (torch.arange(H) + .5 - b[1]) / (b[3] - b[1]) * 2 - 1, (torch.arange(W) + .5 - b[0]) / (b[2] - b[0]) * 2 - 1
         soft = F.grid_sample(p[None, None], torch.stack(torch.meshgrid(y, x, indexing='ij')[::-1], -1)[None], align_corners=False)[0, 0]
         clear = (soft - .5).abs() > 1e-4
         assert ((soft >= .5) == m)[clear].all()
-    assert M.paste_masks(probs[:0], boxes[:0], H, W).shape == (0, H, W)
+    assert paste_masks(probs[:0], boxes[:0], H, W).shape == (0, H, W)
 
 def plain_combine(masks, scores, labels, sem, n_things, score, overlap, area):
     H, W = sem.shape
@@ -332,7 +355,7 @@ def test_panoptic_combination_pixel_by_pixel():
         masks = torch.rand(n, 7, 9, generator=g) > (.5 if seed % 2 else .8)
         if n > 1: masks[0] = False                                         # an empty one
         scores, labels, sem = torch.rand(n, generator=g), torch.randint(0, 4, (n,), generator=g), torch.randint(0, 4, (7, 9), generator=g)
-        ids, segments = M.combine(masks, scores, labels, sem, n_things=4, score=.3, overlap=.5, area=4)
+        ids, segments = combine(masks, scores, labels, sem, n_things=4, score=.3, overlap=.5, area=4)
         want, info = plain_combine(masks.tolist(), scores.tolist(), labels.tolist(), np.array(sem), 4, .3, .5, 4)
         assert ids.tolist() == want and [s['category_id'] for s in segments] == info
         for s in segments: assert s['area'] == (ids == s['id']).sum().item()

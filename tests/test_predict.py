@@ -1,5 +1,8 @@
 "Prediction in users' hands: forms of input, files written, resume, faults."
-import json, shutil
+import json
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -247,3 +250,27 @@ def test_the_controls_of_the_notebook(monkeypatch):
     for layer in control['layer'].options: control['layer'].value = layer
     control['score'].value = 1.
     assert before.size == space['view']('instances', 1., .55).size
+
+PEAK = """
+import resource, sys
+from u2seg.folder import predict_folder
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024
+before = peak()
+predict_folder(sys.argv[1] + '/photos', sys.argv[1], sys.argv[1] + '/out')
+print(peak() - before)
+"""
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='peak memory is read as Linux reports it')
+def test_a_photo_of_48_megapixels_fits_into_2_gib(tmp_path):
+    config = dict(n_things=9, n_stuff=27, depth=18, width=8, n_blocks=[1, 1, 1, 1], norm='GN', fpn_norm='GN',
+                  fpn_channels=16, fc_dim=16, mask_dim=8, n_mask_convs=1, sem_dim=16, decode='objectness',
+                  rpn_pre_test=60, rpn_post_test=60, min_size=96, max_size=160, score_threshold=.01,
+                  panoptic_score=.01, panoptic_area=20)
+    save_weights(build_model(config), tmp_path/'model.safetensors')
+    (tmp_path/'photos').mkdir()
+    small = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8))
+    small.resize((8000, 6000)).save(tmp_path/'photos'/'photo.jpg')
+    run = subprocess.run([sys.executable, '-c', PEAK, str(tmp_path)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    with Image.open(tmp_path/'out'/'panoptic'/'000000000001.png') as ids: assert ids.size == (8000, 6000)
+    assert int(run.stdout) < 2*2**30, f'{int(run.stdout)/2**30:.2f} GiB'

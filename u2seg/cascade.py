@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BoxHead', 'BoxPredictor', 'MaskHead', 'all_labels', 'label_regions', 'sample_regions', 'droploss_weights',
-           'process_share', 'box_losses', 'mask_targets', 'choose', 'RoIHeads', 'cascade_losses', 'mask_loss',
+           'process_weight', 'box_losses', 'mask_targets', 'choose', 'RoIHeads', 'cascade_losses', 'mask_loss',
            'detections']
 
 # %% ../nbs/34_cascade.ipynb #imports
@@ -93,8 +93,8 @@ def droploss_weights(moved:Tensor, image:Tensor, gt:dict, threshold:float)->Tens
     best, _ = match_regions(moved, image, gt['boxes'], gt['image'])
     return ((best > threshold) | ~torch.isin(image, gt['image'])).float()
 
-# %% ../nbs/34_cascade.ipynb #process_share
-def process_share(n:int|Tensor, device:torch.device)->Tensor|float: # scalar; 1 if there is one process
+# %% ../nbs/34_cascade.ipynb #process_weight
+def process_weight(n:int|Tensor, device:torch.device)->Tensor|float: # scalar; 1 if there is one process
     "A process' count over the mean count of all."
     if not (dist.is_initialized() and dist.get_world_size() > 1): return 1.
     own = torch.as_tensor(n, dtype=torch.float, device=device)
@@ -104,7 +104,7 @@ def process_share(n:int|Tensor, device:torch.device)->Tensor|float: # scalar; 1 
 # %% ../nbs/34_cascade.ipynb #box_losses
 def box_losses(logits:Tensor, deltas:Tensor, boxes:Tensor, labels:Tensor, goals:Tensor, # [r, K + 1], [r, 4], [r, 4], int64 [r], [r, 4] each region's label's box
                *, weights:list, keep:Tensor|float)->tuple[Tensor, Tensor]: # class loss, box loss
-    fore, n, share = (labels < logits.shape[1] - 1).nonzero()[:, 0], max(len(labels), 1), process_share(len(labels), logits.device)
+    fore, n, share = (labels < logits.shape[1] - 1).nonzero()[:, 0], max(len(labels), 1), process_weight(len(labels), logits.device)
     return ((F.cross_entropy(logits, labels, reduction='none') * keep).sum() / n * share,
             (deltas[fore] - encode_boxes(boxes[fore], goals[fore], weights)).abs().sum() / n * share)
 
@@ -178,7 +178,7 @@ def cascade_losses(heads:RoIHeads, features, proposals, sizes, targets)->dict[st
 
 def mask_loss(heads, features, targets, boxes, image, labels, index)->Tensor:
     logits = heads.mask_head(heads.mask_pooler(features, boxes, image), labels).float()
-    share = process_share(len(boxes), logits.device)
+    share = process_weight(len(boxes), logits.device)
     if not len(boxes): return logits.sum() * 0
     return F.binary_cross_entropy_with_logits(logits, mask_targets(targets, boxes, image, index, logits.shape[-1]).to(logits)) * share
 

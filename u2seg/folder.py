@@ -12,6 +12,8 @@ import os
 from functools import partial
 from pathlib import Path
 
+from PIL import Image
+
 from .images import instances_json, list_images, read_image, read_json, write_ids, write_json, write_png
 from .predict import _check_batch_size, U2Seg
 from .shards import sharded
@@ -100,6 +102,16 @@ def _write_lists(out, model, records, skipped):
     write_json(out/'panoptic.json', dict(images=images, categories=categories, annotations=panoptic))
     write_json(out/'skipped.json', skipped)
 
+# %% ../nbs/49_folder.ipynb #read_ahead
+def _read_ahead(files, n_max)->int: # 1 ... n_max
+    "How many images are decoded at once: at most `n_max`, and 32 megapixels if all are as large as the largest."
+    return max(1, min(n_max, 2**25//max(1, *map(_n_pixels, files))))
+
+def _n_pixels(file): # as its header says; 0 if it cannot be read, which is reported later
+    try:
+        with Image.open(file) as im: return im.width*im.height
+    except Exception: return 0
+
 # %% ../nbs/49_folder.ipynb #predict_folder
 def predict_folder(images:str|Path|list, # files, folders, patterns
                    weights:str|Path,     # see `U2Seg.from_pretrained`
@@ -116,7 +128,8 @@ def predict_folder(images:str|Path|list, # files, folders, patterns
     key = dict(weights=_digest(model.model), config=model.model.config, names=model.names, root=str(root))
     _claim(out, key['weights'], [str(root/im['file_name']) for im in items])
     work = partial(_write, model, out, batch_size)
-    options = dict(key=key, root=root, shard_size=64, batch_size=batch_size or 16)
+    at_once = _read_ahead([root/im['file_name'] for im in items], batch_size or 16)
+    options = dict(key=key, root=root, shard_size=64, batch_size=at_once)
     load = lambda item: (item, read_image(root/item['file_name']))
     records, skipped = sharded(items, load, work, out/'.work', **options, desc='predicting')
     for r in records:                                              # a file that someone deleted since

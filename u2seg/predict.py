@@ -14,13 +14,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from scipy.ndimage import find_objects
 from torch import nn, Tensor
 
 from . import show
 from .augment import short_side
 from .checkpoints import load_weights
-from .images import _to_rgb, encode_rle, mask_to_box, read_image, read_json
-from .model import build_model, check_config, combine, read_config
+from .images import _to_rgb, read_image, read_json
+from .model import build_model, check_config, read_config
+from .pixels import combine, LARGE, mask_to_coco
 
 # %% ../nbs/45_predict.ipynb #run_network
 @torch.inference_mode()
@@ -71,7 +73,7 @@ class Prediction:
     boxes:np.ndarray     # float32 [n, 4] xyxy, pixels, best first
     scores:np.ndarray    # float32 [n]
     categories:np.ndarray # int64 [n], 1 ... K
-    masks:np.ndarray     # bool [n, H, W]
+    masks:np.ndarray     # bool [n, H, W]; of an image above `LARGE` pixels `PastedMasks`
     semantic:np.ndarray|None # uint8 [H, W], 0 = thing, 1 ... = stuff; None: the model labels no stuff
     ids:np.ndarray       # int32 [H, W], 0 = void
     segments:list        # [{id, category_id, isthing, area, ...}]
@@ -105,15 +107,23 @@ def _overlay(p, layer, score, alpha):
     if p.semantic is None: raise ValueError('this model labels no stuff, so it has no layer semantic')
     return show.overlay(p.image, p.semantic.astype(int), alpha=alpha)
 
+# %% ../nbs/45_predict.ipynb #to_coco
 def _to_coco(p, image_id):
     annotations, info = [], []
-    for score, c, m in zip(p.scores, p.categories, p.masks):
+    for i, (score, c) in enumerate(zip(p.scores, p.categories)):
         annotations.append(dict(image_id=image_id, category_id=int(c), score=round(float(score), 6),
-                                bbox=mask_to_box(m), area=int(m.sum()), iscrowd=0, segmentation=encode_rle(m)))
+                                **mask_to_coco(p.masks, i)))
+    windows = find_objects(p.ids)
     for s in p.segments:
-        m = p.ids == s['id']
-        info.append(dict(id=s['id'], category_id=s['category_id'], iscrowd=0, area=int(m.sum()), bbox=mask_to_box(m)))
+        window = windows[s['id'] - 1] if s['id'] <= len(windows) else None
+        area = int((p.ids[window] == s['id']).sum()) if window else 0
+        info.append(dict(id=s['id'], category_id=s['category_id'], iscrowd=0, area=area, bbox=_window_box(window)))
     return dict(annotations=annotations, segments_info=info)
+
+def _window_box(window): # slices of rows and columns, or None -> [x, y, width, height]
+    if window is None: return [0., 0., 0., 0.]
+    rows, columns = window
+    return [float(v) for v in (columns.start, rows.start, columns.stop - columns.start, rows.stop - rows.start)]
 
 # %% ../nbs/45_predict.ipynb #category_names
 def category_names(n_things:int, n_stuff:int,
@@ -165,7 +175,7 @@ def _fitting(config, sizes, device, free):
     seen = [int(np.prod(short_side(s, c['min_size'], c['max_size']))) for s in sizes]
     seen = (np.maximum if device == 'cpu' else np.add).accumulate(seen)              # alone, or all at once
     bytes_a_pixel = 4*(c['n_stuff'] + 2) + c['max_detections'] + 16
-    own = np.cumsum([h*w*bytes_a_pixel for h, w in sizes])
+    own = np.cumsum([h*w*(bytes_a_pixel if h*w <= LARGE else 32) for h, w in sizes])
     return max(1, int((own + seen*600*c['width']/64 <= free).sum()))
 
 # %% ../nbs/45_predict.ipynb #read_model
@@ -204,13 +214,13 @@ def _in_batches(self, images, batch_size):
 def _pack(self, image, result):
     c, r = self.model.config, result
     array = lambda t: t.cpu().numpy()
-    if 'sem_logits' in r:
-        semantic = array(r['sem_logits'].argmax(0)).astype(np.uint8)
+    if 'semantic' in r:
+        semantic = array(r['semantic']).astype(np.uint8)
         ids, segments = r['panoptic']
     else:
         semantic = None
         rules = dict(score=c['panoptic_score'], overlap=c['panoptic_overlap'], area=c['panoptic_area'])
-        nothing = r['labels'].new_zeros(image.shape[:2])
+        nothing = r['labels'].new_zeros(image.shape[:2], dtype=torch.uint8)
         ids, segments = combine(r['masks'], r['scores'], r['labels'], nothing, n_things=c['n_things'], **rules)
     return Prediction(image, array(r['boxes']), array(r['scores']), array(r['labels']) + 1, array(r['masks']), semantic,
                       array(ids), segments, self.names)
