@@ -220,7 +220,8 @@ def product(n, threads, rounds=15):
     "Ratios (wall, CPU) of float32 to integers for one product with the affinity of n tokens, and the error of each."
     torch.set_num_threads(threads)
     rng = torch.Generator().manual_seed(0)
-    affinity = solver.token_affinity(torch.randn(1, 32, n, generator=rng) + .5*torch.randn(1, 32, 1, generator=rng), tau=TAU)
+    keys = torch.randn(1, 32, n, generator=rng) + .5*torch.randn(1, 32, 1, generator=rng)
+    affinity = solver.token_affinity(keys, tau=TAU)
     u, wide = torch.randn(1, n, generator=rng), affinity.float()
     exact = affinity[0].double() @ u[0].double()
     sides = dict(ours=lambda: solver.affinity_product(affinity, u), theirs=lambda: solver.affinity_product(wide, u))

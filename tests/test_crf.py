@@ -12,7 +12,7 @@ from u2seg.crf import MASKCUT, STEGO, binary_crf, dense_crf, refine_mask, refine
 from u2seg.lattice import lattice
 
 
-def picture(h=12, w=14, seed=0):
+def disc_image(h=12, w=14, seed=0):
     "A disc on a gradient, with noise."
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:h, :w]
@@ -70,7 +70,7 @@ def mean_field(prob, matrices, n_iters):
 @pytest.mark.parametrize('preset', [MASKCUT, STEGO])
 @pytest.mark.parametrize('c', [2, 5])
 def test_mean_field_equals_dense_matrices(preset, c):
-    image, _ = picture()
+    image, _ = disc_image()
     prob = soft(c, 12, 14)
     lat = lattice(torch.from_numpy(image), sxy=preset['bilateral_sxy'], srgb=preset['bilateral_srgb'])
     r = 2*math.ceil(2*preset['gauss_sxy'])
@@ -86,7 +86,7 @@ def test_mean_field_equals_dense_matrices(preset, c):
 @pytest.mark.parametrize('seed', range(4))
 def test_close_to_true_gaussians(seed):
     "The lattice is an approximation; its result is that of the exact all-pairs kernels almost everywhere."
-    image, inside = picture(seed=seed)
+    image, inside = disc_image(seed=seed)
     rough = np.where(np.roll(inside, 2, 1), .7, .3).astype(np.float32)
     prob = np.stack([1 - rough, rough])
     exact = mean_field(prob, [(7., pairs(image, 3.)), (10., pairs(image, 50., 5.))], 10)
@@ -149,7 +149,7 @@ def test_filter_has_gaussian_width():
 
 @pytest.mark.parametrize('preset', [MASKCUT, STEGO])
 def test_torch_operations_equal_compiled_loops(preset):
-    image, _ = picture(40, 33)
+    image, _ = disc_image(40, 33)
     prob = soft(4, 40, 33)
     np.testing.assert_allclose(dense_crf(image, prob, **preset, compiled=False), dense_crf(image, prob, **preset),
                                atol=5e-4)
@@ -168,14 +168,14 @@ def test_table_growth():
 
 
 def test_two_labels_are_one_channel():
-    image, _ = picture(30, 20)
+    image, _ = disc_image(30, 20)
     p = soft(2, 30, 20)[1:]
     two = dense_crf(image, np.concatenate([1 - p, p]), **MASKCUT)
     np.testing.assert_allclose(binary_crf(image, p, **MASKCUT)[0], two[1], atol=1e-4)
 
 
 def test_masks_together_equal_masks_alone():
-    image, inside = picture(50, 60)
+    image, inside = disc_image(50, 60)
     masks = np.stack([inside, ~inside, np.roll(inside, 5, 0), np.zeros_like(inside), np.ones_like(inside)])
     together = refine_masks(image, masks)
     assert together.dtype == bool and together.shape == masks.shape
@@ -185,7 +185,7 @@ def test_masks_together_equal_masks_alone():
 
 
 def test_a_mask_is_softened_as_maskcut_does():
-    image, inside = picture(50, 60)
+    image, inside = disc_image(50, 60)
     p = np.where(inside, math.e/(1 + math.e), 1/(1 + math.e)).astype(np.float32)
     assert (refine_mask(image, inside) == (dense_crf(image, np.stack([1 - p, p]), **MASKCUT).argmax(0) == 1)).all()
     moved = np.roll(inside, 6, 1)
@@ -216,7 +216,7 @@ def test_constant_image(compiled):
 
 
 def test_one_label_no_iterations_no_kernels():
-    image, _ = picture()
+    image, _ = disc_image()
     assert (dense_crf(image, np.full((1, 12, 14), .3, np.float32), **MASKCUT) == 1).all()
     prob = soft(3, 12, 14)
     np.testing.assert_allclose(dense_crf(image, prob, **{**MASKCUT, 'n_iters': 0}), prob, atol=1e-4)
@@ -227,7 +227,7 @@ def test_one_label_no_iterations_no_kernels():
 
 
 def test_kinds_in_and_out():
-    image, inside = picture()
+    image, inside = disc_image()
     prob = soft(2, 12, 14)
     a = dense_crf(image, prob, **MASKCUT)
     b = dense_crf(torch.from_numpy(image), torch.from_numpy(prob).double(), **MASKCUT)
@@ -255,7 +255,7 @@ def test_kinds_in_and_out():
     (dict(n_threads=0), 'n_threads must be'),
     (dict(bilateral_sxy=1e-9, bilateral_srgb=1e-5), 'too large')])
 def test_errors(change, words):
-    given = {**dict(image=picture()[0], prob=soft(2, 12, 14)), **MASKCUT, **change}
+    given = {**dict(image=disc_image()[0], prob=soft(2, 12, 14)), **MASKCUT, **change}
     with pytest.raises(ValueError, match=words): dense_crf(**given)
 
 
@@ -270,7 +270,7 @@ def test_loops_compile_where_nothing_can_be_written(monkeypatch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
 def test_gpu_equals_cpu_and_itself():
-    image, _ = picture(90, 80)
+    image, _ = disc_image(90, 80)
     prob = torch.from_numpy(soft(5, 90, 80))
     a, b = (dense_crf(torch.from_numpy(image), prob.cuda(), **STEGO) for _ in range(2))
     assert torch.equal(a, b)

@@ -189,13 +189,14 @@ def test_refine_of_no_mask():
     assert fine.shape == (0, 16, 16) and agreement == []
 
 def test_refine_snaps_to_the_colour_edge():
-    picture = np.zeros((64, 64, 3), np.uint8); picture[20:44, 20:44] = 255
+    image = np.zeros((64, 64, 3), np.uint8)
+    image[20:44, 20:44] = 255
     masks = torch.zeros(1, 8, 8, dtype=torch.bool); masks[0, 2:6, 2:6] = True
-    (fine,), (agreement,) = refine(picture, masks, crf=True)
-    square = picture[..., 0] > 0
+    (fine,), (agreement,) = refine(image, masks, crf=True)
+    square = image[..., 0] > 0
     assert (fine & square).sum()/(fine | square).sum() > .95 and .4 < agreement < .7
 
-# --- pictures and data sets
+# --- images and data sets
 
 class Colours(nn.Module):
     "Mean colours of 8 x 8 patches in the place of a ViT."
@@ -206,7 +207,7 @@ class Colours(nn.Module):
 
 OPTIONS = dict(size=64, feature='keys', tau=.2, n_masks=3, crf=True, min_agreement=.5)
 
-def picture(seed, h=50, w=70):
+def disc_image(seed, h=50, w=70):
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:h, 0:w]
     image = np.full((h, w, 3), (40, 120, 60)) + rng.normal(0, 4, (h, w, 3))
@@ -215,22 +216,22 @@ def picture(seed, h=50, w=70):
     return image.clip(0, 255).astype(np.uint8)
 
 def test_label_image_at_its_own_size():
-    found = label_image(picture(1), Colours(), **OPTIONS)
+    found = label_image(disc_image(1), Colours(), **OPTIONS)
     assert found and all(f['segmentation']['size'] == [50, 70] and 0 <= f['score'] <= 1 for f in found)
     assert decode_rle(found[0]['segmentation'])[25, 35]
 
 @pytest.mark.parametrize('image',
                          [np.zeros((1, 1, 3), np.uint8), np.full((3, 500, 3), 255, np.uint8),
-                          picture(2)[:, :, :1].repeat(3, 2)])
-def test_odd_pictures(image):
+                          disc_image(2)[:, :, :1].repeat(3, 2)])
+def test_odd_images(image):
     for f in label_image(image, Colours(), **OPTIONS): assert f['segmentation']['size'] == list(image.shape[:2])
 
 def test_disagreement_drops_a_mask():
-    strict, lenient = (label_image(picture(1), Colours(), **OPTIONS | dict(min_agreement=a)) for a in (1., 0.))
+    strict, lenient = (label_image(disc_image(1), Colours(), **OPTIONS | dict(min_agreement=a)) for a in (1., 0.))
     assert len(strict) < len(lenient)
 
 def test_score_is_the_agreement_off_the_border():
-    image = picture(1)
+    image = disc_image(1)
     small = module.resize_image(image, (64, 64))
     keys = Colours().keys(module.normalize(module.to_tensor(small))[None])[0]
     _, agreement = refine(small, maskcut(keys, tau=.2, n_masks=1), crf=True)
@@ -250,7 +251,7 @@ def test_options_are_checked_before_any_work(bad, message, tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    for i in range(7): write_png(tmp_path/f'{i}.png', picture(i))
+    for i in range(7): write_png(tmp_path/f'{i}.png', disc_image(i))
     (tmp_path/'2.png').write_bytes(b'')
     return tmp_path, [dict(id=i + 1, file_name=f'{i}.png') for i in range(7)]
 
@@ -268,8 +269,10 @@ def test_a_broken_file_is_named_and_the_rest_is_labelled(folder):
         assert a['area'] == mask.sum() and a['category_id'] == 1 and a['iscrowd'] == 0 and 0 < a['score'] <= 1
     assert [a['id'] for a in coco['annotations']] == list(range(1, len(coco['annotations']) + 1))
 
-def test_a_replaced_picture_is_labelled_anew(folder):
-    first = run(folder); write_png(folder[0]/'4.png', picture(40)[::-1, :50]); write_png(folder[0]/'2.png', picture(2))
+def test_a_replaced_image_is_labelled_anew(folder):
+    first = run(folder)
+    write_png(folder[0]/'4.png', disc_image(40)[::-1, :50])
+    write_png(folder[0]/'2.png', disc_image(2))
     again = run(folder)
     assert again == run(folder, 'fresh')
     assert again[1] == [] and again[0]['images'][4]['width'] == 50 and first[0]['images'][3]['width'] == 70
@@ -319,14 +322,14 @@ def test_the_stage_cannot_see_ground_truth():
 
 def test_every_strange_file_is_labelled_or_named(tmp_path):
     from PIL import Image
-    whole, to = Image.fromarray(picture(1)), tmp_path
+    whole, to = Image.fromarray(disc_image(1)), tmp_path
     exif = Image.Exif(); exif[0x0112] = 6
     whole.save(to/'good.png'); whole.convert('CMYK').save(to/'cmyk.jpg'); whole.convert('P').save(to/'palette.png')
     whole.convert('RGBA').save(to/'alpha.png')
     whole.save(to/'turned.jpg', exif=exif)
     whole.resize((1, 1)).save(to/'pixel.png')
     whole.resize((20000, 30)).save(to/'wide.png')
-    Image.fromarray(picture(1)[..., 0].astype(np.uint16)*257).save(to/'deep.png')
+    Image.fromarray(disc_image(1)[..., 0].astype(np.uint16)*257).save(to/'deep.png')
     Image.new('1', (20000, 20000)).save(to/'bomb.png')
     (to/'text.jpg').write_text('hello')
     (to/'empty.jpg').write_bytes(b'')
