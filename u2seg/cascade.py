@@ -87,11 +87,15 @@ def sample_regions(proposals:list[Tensor], targets:list[dict], gt:dict, *, iou:f
     return boxes[chosen], image[chosen], labels[chosen], index[chosen]
 
 # %% ../nbs/34_cascade.ipynb #droploss_weights
-def droploss_weights(moved:Tensor, image:Tensor, gt:dict, threshold:float)->Tensor|float: # float [r]; `moved` carries no gradient
-    "0 for a region whose predicted box overlaps no label by more than `threshold` (CutLER, section 3.3); 0 = off."
-    if not threshold: return 1.
+def droploss_weights(moved:Tensor, # [r, 4] predicted boxes, without gradient
+                     image:Tensor, # int64 [r]
+                     gt:dict,      # see `all_labels`
+                     droploss:float # least IoU; 0 = off
+                     )->Tensor|float: # float [r]
+    "0 for a region whose predicted box overlaps no label by more than `droploss` (CutLER, section 3.3)."
+    if not droploss: return 1.
     best, _ = match_regions(moved, image, gt['boxes'], gt['image'])
-    return ((best > threshold) | ~torch.isin(image, gt['image'])).float()
+    return ((best > droploss) | ~torch.isin(image, gt['image'])).float()
 
 # %% ../nbs/34_cascade.ipynb #process_weight
 def process_weight(n:int|Tensor, device:torch.device)->Tensor|float: # scalar; 1 if there is one process
@@ -139,12 +143,21 @@ def choose(boxes:Tensor, probs:Tensor, # [r, 4], [r, K + 1]
 # %% ../nbs/34_cascade.ipynb #RoIHeads
 class RoIHeads(nn.Module):
     "Cascade R-CNN's box stages and a mask head."
-    def __init__(self, channels:int, levels:list[int], *, n_things:int, sampling:dict, ious:list, weights:list, pooling:dict, box_pool:int, fc_dim:int,
-                 mask_pool:int, mask_dim:int, n_mask_convs:int, droploss:float, decoding:dict): # sampling, pooling, decoding: the knobs of `sample_regions`, `Pooler`, `choose`
+    def __init__(self, channels:int, levels:list[int], *,
+                 n_things:int,
+                 ious:list,      # one of each stage
+                 weights:list,   # of the box deltas, four of each stage
+                 sampling:dict,  # see `sample_regions`
+                 pooling:dict,   # see `Pooler`
+                 decoding:dict,  # see `choose`
+                 droploss:float, # see `droploss_weights`
+                 box_pool:int, fc_dim:int, mask_pool:int, mask_dim:int, n_mask_convs:int):
         super().__init__()
-        self.n_things, self.sampling, self.ious, self.weights, self.droploss, self.decoding = n_things, sampling, ious, weights, droploss, decoding
-        self.box_pooler, self.mask_pooler = Pooler(levels, size=box_pool, **pooling), Pooler(levels, size=mask_pool, **pooling)
-        self.box_head = nn.ModuleList(BoxHead(channels * box_pool**2, fc_dim) for _ in ious)
+        self.n_things, self.ious, self.weights = n_things, ious, weights
+        self.sampling, self.decoding, self.droploss = sampling, decoding, droploss
+        self.box_pooler = Pooler(levels, size=box_pool, **pooling)
+        self.mask_pooler = Pooler(levels, size=mask_pool, **pooling)
+        self.box_head = nn.ModuleList(BoxHead(channels*box_pool**2, fc_dim) for _ in ious)
         self.box_predictor = nn.ModuleList(BoxPredictor(fc_dim, n_things) for _ in ious)
         self.mask_head = MaskHead(channels, mask_dim, n_mask_convs, n_things)
 
@@ -155,20 +168,24 @@ class RoIHeads(nn.Module):
         return logits.float(), deltas.float()
 
     def forward(self, features, proposals, sizes, targets=None):
-        return detections(self, features, proposals, sizes) if targets is None else cascade_losses(self, features, proposals, sizes, targets)
+        if targets is None: return detections(self, features, proposals, sizes)
+        return cascade_losses(self, features, proposals, sizes, targets)
 
 # %% ../nbs/34_cascade.ipynb #cascade_losses
 def cascade_losses(heads:RoIHeads, features, proposals, sizes, targets)->dict[str, Tensor]:
     "Class and box losses of each stage, and the mask loss on the first stage's objects."
-    gt, n, size, out = all_labels(targets), heads.n_things, torch.tensor(sizes, device=features[0].device), {}
+    gt, n, out = all_labels(targets), heads.n_things, {}
+    size = torch.tensor(sizes, device=features[0].device)
     boxes, image, labels, index = sample_regions(proposals, targets, gt, iou=heads.ious[0], n_things=n, **heads.sampling)
     fore = (labels < n).nonzero()[:, 0]
     first = boxes[fore], image[fore], labels[fore], index[fore]
     for k, weights in enumerate(heads.weights):
         logits, deltas = heads.stage(k, features, boxes, image)
         moved = decode_boxes(boxes, deltas, weights).detach()
-        keep, goals = droploss_weights(moved, image, gt, heads.droploss), gt['boxes'][index] if len(gt['boxes']) else boxes
-        out[f'loss_cls_stage{k}'], out[f'loss_box_reg_stage{k}'] = box_losses(logits, deltas, boxes, labels, goals, weights=weights, keep=keep)
+        keep = droploss_weights(moved, image, gt, heads.droploss)
+        goals = gt['boxes'][index] if len(gt['boxes']) else boxes
+        losses = box_losses(logits, deltas, boxes, labels, goals, weights=weights, keep=keep)
+        out[f'loss_cls_stage{k}'], out[f'loss_box_reg_stage{k}'] = losses
         if k + 1 == len(heads.ious): break
         boxes = clip_boxes(moved, *size[image].to(moved).unbind(1))
         real = nonempty(boxes)
