@@ -18,6 +18,7 @@ from u2seg import scenes, train
 from u2seg.batches import Batches, PseudoLabels
 from u2seg.selftrain import detect, self_training_labels
 from u2seg.augment import Augment
+from u2seg.baselines import ImagePrediction
 from u2seg.evaluate import score_agnostic
 from u2seg.truth import read_truth
 from u2seg.images import mask_to_box, decode_rle, read_json, write_json
@@ -33,7 +34,7 @@ def scores(net, root, shares, folder) -> dict:  # share -> AP50 ..., of boxes an
         path = Path(folder) / f'{share.replace("/", "_")}.json'
         if not path.exists():
             truth = read_truth(root, share)
-            images = [dict(id=im['id'], file_name=im['file_name']) for im in truth['images']]
+            images = [dict(id=im['id'], file_name=im['file_name']) for im in truth.images]
             _, found, _ = detect(
                 net,
                 root,
@@ -47,10 +48,10 @@ def scores(net, root, shares, folder) -> dict:  # share -> AP50 ..., of boxes an
             )
             for a in found:
                 a['bbox'] = mask_to_box(decode_rle(a['segmentation']))
-            records = {im['id']: dict(instances=[]) for im in images}
+            predictions = {im['id']: ImagePrediction(instances=[]) for im in images}
             for a in found:
-                records[a['image_id']]['instances'].append(a)
-            write_json(path, score_agnostic(records, truth))
+                predictions[a['image_id']].instances.append(a)
+            write_json(path, score_agnostic(predictions, truth))
         out[share] = read_json(path)
     return out
 

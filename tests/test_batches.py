@@ -8,7 +8,7 @@ from PIL import Image
 
 from u2seg.crops import EMBEDDINGS, embed_crops
 from u2seg.kmeans import assign
-from u2seg.baselines import model_records
+from u2seg.baselines import model_predictions
 from u2seg.features import ViTFeatures
 from u2seg.images import write_png
 from u2seg.labeller import Head, Labeller, extractor
@@ -86,9 +86,11 @@ def test_detect(student, folder, items, tmp_path):
     independent(run, items)
 
 def test_evaluation(student, folder, items):
-    keep = lambda r: {k: [s['area'] for s in v] if k == 'segments' else [[d['score'], d['bbox'], d['segmentation']['counts']] for d in v] if k == 'instances' else v for k, v in r.items()}
+    def keep(p):
+        instances = [[d['score'], d['bbox'], d['segmentation']['counts']] for d in p.instances]
+        return dict(instances=instances, segments=[s['area'] for s in p.segments], **{k: getattr(p, k).unpack() for k in ('semantic', 'stuff', 'ids')})
     def run(items, b):
-        found = model_records(student.model, folder, items, batch_size=b)
+        found = model_predictions(student.model, folder, items, batch_size=b)
         return [keep(found[im['id']]) for im in items]
     independent(run, items)
 

@@ -4,7 +4,8 @@ import pytest
 from PIL import Image
 
 from u2seg.classes import CITYSCAPES, COCO_PANOPTIC, COCO_THINGS, STUFF15, STUFF27, STUFF27_NAMES, SUPER_OFFSET, UVO, VOC, merge_equal, supercategories
-from u2seg.evaluate import fine_maps, semantic27
+from u2seg.baselines import ImagePrediction, pack
+from u2seg.evaluate import Mapping, fine_maps, score, semantic27
 from u2seg.truth import read_truth
 from u2seg.images import read_ids, write_ids, write_json
 from u2seg.metrics import panoptic_quality
@@ -57,47 +58,49 @@ def coco(tmp_path):
 
 def test_the_papers_classes_are_read_from_the_official_file(coco):
     official, paper = read_truth(coco, 'val'), read_truth(coco, 'val', classes='supercategories')
-    assert (len(official['things']), len(official['stuff'])) == (80, 53) and (len(paper['things']), len(paper['stuff'])) == (80, 15)
-    classes = [s['category_id'] for s in paper['panoptic']['annotations'][0]['segments_info']]
-    assert [paper['names'][c] for c in classes] == ['sky', 'plant', 'plant', 'person'] and classes[1] == SUPER_OFFSET + 6
-    assert panoptic_quality(paper['panoptic'], paper['maps'], paper['panoptic'], paper['maps'])['All'] == dict(pq=1., sq=1., rq=1., n=3)
-    ids = read_ids(paper['maps']/'1.png')                                    # one plant where the truth keeps two: at most one can be matched
-    joined, segments = merge_equal(ids, paper['panoptic']['annotations'][0]['segments_info'], set(paper['stuff']))
+    assert (len(official.things), len(official.stuff)) == (80, 53) and (len(paper.things), len(paper.stuff)) == (80, 15)
+    classes = [s['category_id'] for s in paper.panoptic['annotations'][0]['segments_info']]
+    assert [paper.names[c] for c in classes] == ['sky', 'plant', 'plant', 'person'] and classes[1] == SUPER_OFFSET + 6
+    assert panoptic_quality(paper.panoptic, paper.maps, paper.panoptic, paper.maps)['All'] == dict(pq=1., sq=1., rq=1., n=3)
+    ids = read_ids(paper.maps/'1.png')                                    # one plant where the truth keeps two: at most one can be matched
+    joined, segments = merge_equal(ids, paper.panoptic['annotations'][0]['segments_info'], set(paper.stuff))
     assert len(segments) == 3 and next(s for s in segments if s['category_id'] == SUPER_OFFSET + 6)['area'] == (joined == 50).sum() == np.isin(ids, (50, 60)).sum()
     with pytest.raises(ValueError, match='category 999'): supercategories(dict(annotations=[dict(segments_info=[dict(category_id=999)])]))
 
 
 def test_coco_stuff_27_by_brute_force(coco):
-    maps = fine_maps(coco, 'val', read_truth(coco, 'val')['images'])
-    rng, records, table = np.random.default_rng(1), {}, {1: [], 2: []}
+    maps = fine_maps(coco, 'val', read_truth(coco, 'val').images)
+    rng, predictions, label = np.random.default_rng(1), {}, []
     for i in (1, 2):
         ids = np.zeros((20, 30), np.uint16); ids[5:12, 4 * i:4 * i + 8] = 1; ids[:4] = 2
-        records[i] = dict(ids=ids, segments=[dict(id=1, category_id=2), dict(id=2, category_id=4)], under=rng.integers(1, 4, (20, 30)).astype(np.uint8))       # 3 clusters of things, 3 of stuff
-    records[2]['under'][14:] = 0                                             # no label: counts as a miss
-    found = semantic27(records, maps, n_clusters=3, n_stuff=3)
-    label = np.stack([np.where(r['ids'] == 1, 2, np.where(r['ids'] == 2, 4, np.where(r['under'] > 0, 3 + r['under'].astype(int), -1))) for r in records.values()])
+        below = rng.integers(1, 4, (20, 30)).astype(np.uint8)                # 3 clusters of things, 3 of stuff
+        if i == 2: below[14:] = 0                                            # no label: counts as a miss
+        segments = [dict(id=1, category_id=2), dict(id=2, category_id=4)]
+        predictions[i] = ImagePrediction(ids=pack(ids), segments=segments, stuff=pack(below))
+        label.append(np.select([ids == 1, ids == 2, below > 0], [2, 4, 3 + below.astype(int)], -1))
+    found, label = semantic27(predictions, maps, n_clusters=3, n_stuff=3), np.stack(label)
     gt = np.stack([STUFF27[np.array(Image.open(maps[i]))] for i in (1, 2)]); seen = gt < 27
     best = {k: np.bincount(gt[seen & (label == k)]).argmax() for k in np.unique(label[seen]) if k > 0}
     pred = np.vectorize(lambda k: best.get(k, -1))(label)
-    assert abs(found['vote']['PixelAcc'] - (pred == gt)[seen].mean()) < 1e-12
+    assert abs(found['vote']['PixelAcc27'] - (pred == gt)[seen].mean()) < 1e-12
     iou = [((pred == c) & (gt == c)).sum() / (((pred == c) | (gt == c)) & seen).sum() for c in np.union1d(gt[seen], pred[seen]) if c >= 0]
-    assert abs(found['vote']['mIoU'] - np.mean(iou)) < 1e-12 and found['hungarian']['PixelAcc'] <= found['vote']['PixelAcc']
+    assert abs(found['vote']['mIoU27'] - np.mean(iou)) < 1e-12 and found['hungarian']['PixelAcc27'] <= found['vote']['PixelAcc27']
     maps[2].unlink()
     with pytest.raises(FileNotFoundError, match='2.png'): fine_maps(coco, 'val', [dict(id=1, file_name='val/1.jpg'), dict(id=2, file_name='val/2.jpg')])
     assert fine_maps(coco, 'train', [dict(id=1, file_name='train/1.jpg')]) == {}
 
 
 def test_things_joined_by_brute_force(coco):
-    from u2seg.evaluate import score
     truth, rng = read_truth(coco, 'val', classes='supercategories'), np.random.default_rng(2)
     classes = [1, 2, SUPER_OFFSET + 6, SUPER_OFFSET + 14, SUPER_OFFSET + 1, -1]
-    records = {i: dict(stuff=rng.integers(1, 7, (20, 30)).astype(np.uint8)) for i in (1, 2)}
-    s = score(records, truth, dict(things=np.zeros(0, int), stuff=np.zeros(0, int), pixels=np.array(classes)))
+    labels = {i: rng.integers(1, 7, (20, 30)).astype(np.uint8) for i in (1, 2)}
+    nothing = np.zeros(0, int)
+    s = score({i: ImagePrediction(semantic=pack(m)) for i, m in labels.items()}, truth, Mapping(nothing, nothing, np.array(classes)))
     gt = np.zeros((2, 20, 30), int)
-    for n, a in enumerate(truth['panoptic']['annotations']):
-        ids = read_ids(truth['maps']/a['file_name'])
+    for n, a in enumerate(truth.panoptic['annotations']):
+        ids = read_ids(truth.maps/a['file_name'])
         for seg in a['segments_info']: gt[n][ids == seg['id']] = min(seg['category_id'], 100 if seg['category_id'] <= 90 else 999)
-    pred = np.stack([np.array([0, *classes])[r['stuff']] for r in records.values()])
+    pred = np.stack([np.array([0, *classes])[m] for m in labels.values()])
     join = lambda x: np.where((x > 0) & (x <= 90), 1, x)
     t, p, seen = join(gt), join(pred), gt > 0
     assert abs(s['PixelAcc_joined'] - (t == p)[seen].mean()) < 1e-12 and s['PixelAcc_joined'] > s['PixelAcc']      # class 2 counts as a thing

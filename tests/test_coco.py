@@ -7,6 +7,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from u2seg import evaluate
+from u2seg.baselines import ImagePrediction, pack
 from u2seg.truth import read_truth, sound, things_only, truth_map
 from u2seg.cli import main
 from u2seg.convert import convert_instances
@@ -36,7 +37,7 @@ def runs(mask): return [0] * int(mask[0, 0]) + np.diff(np.flatnonzero(np.diff(np
 def both(folder, c):
     "The objects that evaluate reads, and those that convert writes."
     write_json(folder/'annotations'/'instances_val.json', c)
-    truth = read_truth(folder, 'val')['instances']['annotations']
+    truth = read_truth(folder, 'val').instances['annotations']
     convert_instances(folder/'annotations'/'instances_val.json', folder/'out')
     return [[(a['image_id'], a['category_id'], a['area'], a['iscrowd']) for a in found] for found in (truth, read_json(folder/'out'/'instances.json')['annotations'])]
 
@@ -76,9 +77,9 @@ def test_image_ids_of_any_form(tmp_path, ids):
     for im, a, i in zip(c['images'], c['annotations'], ids): im['id'] = a['image_id'] = i
     write_json(tmp_path/'annotations'/'instances_val.json', c)
     truth = read_truth(tmp_path, 'val')
-    assert all(type(im['id']) is int for im in truth['images']) and [int((truth_map(truth, i) > 0).sum()) for i in ids] == [100, 600]
+    assert all(type(im['id']) is int for im in truth.images) and [int((truth_map(truth, i) > 0).sum()) for i in ids] == [100, 600]
     assert instance_ap(c, [dict(a, score=.9) for a in c['annotations']])['AP'] > 1 - 1e-9
-    assert [a['area'] for a in truth['instances']['annotations']] == [100, 600] and [len(r) for r in PseudoLabels(tmp_path, c).rles] == [1, 1]
+    assert [a['area'] for a in truth.instances['annotations']] == [100, 600] and [len(r) for r in PseudoLabels(tmp_path, c).rles] == [1, 1]
 
 
 BAD = {'two corners': dict(segmentation=[[26, 31, 50, 31]]), 'an empty ring': dict(segmentation=[[]]), 'neither mask nor box': dict(segmentation=[], bbox=[]), 'an odd count': dict(segmentation=[[1, 1, 9, 1, 9, 9, 1]]),
@@ -93,7 +94,7 @@ def test_one_bad_annotation_is_left_out_and_named(tmp_path, bad):
     c['annotations'].insert(1, dict(dict(id=999, image_id=2, category_id=1, iscrowd=0, area=5, bbox=[1, 1, 5, 5], segmentation=RING), **BAD[bad]))
     write_json(tmp_path/'annotations'/'instances_val.json', c)
     with pytest.warns(UserWarning, match='instances_val.json: 1 of 3 annotations left out; annotation 999 of image 2: '): truth = read_truth(tmp_path, 'val')
-    assert [a['area'] for a in truth['instances']['annotations']] == [100, 600]
+    assert [a['area'] for a in truth.instances['annotations']] == [100, 600]
     dt = [dict(a, score=.9) for a in coco()['annotations']]
     with pytest.warns(UserWarning, match='annotation 999'): assert instance_ap(c, dt)['AP'] > 1 - 1e-9
     with pytest.raises(ValueError, match='not one of 1 annotations can be read; annotation 999 of image 2'): things_only(dict(c, annotations=c['annotations'][1:2]), 'a.json')
@@ -195,11 +196,15 @@ def folder_of(path, c, sizes):
     (path/'val').mkdir(exist_ok=True)
     for i, size in sizes.items(): Image.new('RGB', size).save(path/'val'/f'{i}.jpg')
 
-def records(truth):
+def predictions(truth):
     thing = dict(category_id=1, score=.9, bbox=[0., 0., 64., 20.], segmentation=encode_rle(IDS == 1))
-    return {im['id']: dict(instances=[dict(thing, image_id=im['id'])], stuff=(IDS == 2).astype(np.uint8), under=np.ones(IDS.shape, np.uint8), ids=IDS, segments=[dict(id=1, category_id=1), dict(id=2, category_id=2)]) for im in truth['images']}
+    maps = dict(semantic=pack((IDS == 2).astype(np.uint8)), stuff=pack(np.ones(IDS.shape, np.uint8)), ids=pack(IDS))
+    segments = [dict(id=1, category_id=1), dict(id=2, category_id=2)]
+    return {im['id']: ImagePrediction(instances=[dict(thing, image_id=im['id'])], segments=segments, **maps) for im in truth.images}
 
-def judged(truth): return evaluate.judge({'val': {'U2Seg': records(truth)}}, {'val': truth}, {}, {}, n_clusters=1, n_stuff=1, match_score=.3, match_iou=.5, match_stuff_iou=.5)[0]['val']['U2Seg']
+def evaluated(truth):
+    options = dict(n_clusters=1, n_stuff=1, match_score=.3, match_iou=.5, match_stuff_iou=.5)
+    return evaluate.evaluate({'val': {'U2Seg': predictions(truth)}}, {'val': truth}, {}, {}, **options)[0][0]   # by vote
 
 def test_a_broken_or_resized_image_is_left_out_of_the_scores(tmp_path):
     folder_of(tmp_path, panoptic(), {1: (64, 48), 2: (64, 48)})
@@ -208,7 +213,7 @@ def test_a_broken_or_resized_image_is_left_out_of_the_scores(tmp_path):
     for spoil in (lambda f: f.write_bytes(b'\xff\xd8broken'), lambda f: Image.new('RGB', (32, 24)).save(f), lambda f: f.unlink()):
         spoil(tmp_path/'val'/'2.jpg')
         with pytest.warns(UserWarning, match='val: 1 of 2 images left out: .*2.jpg'): kept = sound(truth, tmp_path)
-        assert [im['id'] for im in kept['images']] == [1] and judged(kept)['val']['vote']['PQ'] == 1 and len(kept['instances']['annotations']) == 1
+        assert [im['id'] for im in kept.images] == [1] and evaluated(kept)['PQ'] == 1 and len(kept.instances['annotations']) == 1
     (tmp_path/'val'/'1.jpg').unlink()
     with pytest.raises(ValueError, match='val: 2 of 2 images left out'): sound(truth, tmp_path)
 
@@ -220,15 +225,16 @@ def test_only_stuff_is_scored_as_stuff(tmp_path):
     c = changed(lambda c: (c['categories'].pop(0), [a['segments_info'].pop(0) for a in c['annotations']]), panoptic)
     folder_of(tmp_path, c, {})
     for i in (1, 2): write_ids(tmp_path/'annotations'/'panoptic_val'/f'{i}.png', np.where(IDS == 2, 2, 0))
-    s = judged(read_truth(tmp_path, 'val'))
-    assert s['agnostic'] == {} and s['val']['vote']['PixelAcc'] == 1 and 'box_AP' not in s['val']['vote']
+    s = evaluated(read_truth(tmp_path, 'val'))
+    assert s['PixelAcc'] == 1 and not [k for k in s if 'AP' in k]
 
 def test_images_of_an_instance_file_have_a_score_though_objects_hide_each_other(tmp_path):
     c = dict(coco(), annotations=[dict(id=i, image_id=1, category_id=1, segmentation=encode_rle(SQUARE)) for i in (1, 2)])
     write_json(tmp_path/'annotations'/'instances_val.json', c)
     truth = read_truth(tmp_path, 'val')
-    r = {i: dict(ids=SQUARE.astype(int) * (i == 1), segments=[dict(id=1, category_id=1)] * (i == 1)) for i in (1, 2)}
-    assert evaluate.image_pq(r, truth, dict(things=np.array([1]), stuff=np.array([], int))) == {1: 1, 2: 0}
+    p = {i: ImagePrediction(ids=pack(SQUARE.astype(int)*(i == 1)), segments=[dict(id=1, category_id=1)]*(i == 1)) for i in (1, 2)}
+    nothing = np.array([], int)
+    assert evaluate.image_pq(p, truth, evaluate.Mapping(np.array([1]), nothing, nothing)) == {1: 1, 2: 0}
 
 
 def test_exit_status(tmp_path, capsys):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from u2seg.cli import main
-from u2seg.truth import Painted, things_only
+from u2seg.truth import GroundTruth, painter, things_only
 from u2seg.annotations import convert_instances, convert_panoptic
 from u2seg.convert import checkpoint_config, convert, convert_checkpoint
 from u2seg.images import decode_rle, encode_rle, read_ids, read_image, read_json, write_ids, write_json, write_png
@@ -132,8 +132,8 @@ def test_voc(tmp_path):
     (folder/'Annotations'/'000002.xml').write_text(xml.format(thing.format('dog', 0) + thing.format('cat', 1)))
     assert convert(folder, tmp_path) == dict(images=1, boxes=2, classes=2)
     truth = read_truth(tmp_path, 'VOC2007/JPEGImages')
-    assert truth['instances']['boxes_only'] and [(a['bbox'], a['iscrowd'], truth['names'][a['category_id']]) for a in truth['instances']['annotations']] == [([1, 2, 4, 4], 0, 'dog'), ([1, 2, 4, 4], 1, 'cat')]
-    assert truth['images'][0]['file_name'] == 'VOC2007/JPEGImages/000002.jpg'
+    assert truth.instances['boxes_only'] and [(a['bbox'], a['iscrowd'], truth.names[a['category_id']]) for a in truth.instances['annotations']] == [([1, 2, 4, 4], 0, 'dog'), ([1, 2, 4, 4], 1, 'cat')]
+    assert truth.images[0]['file_name'] == 'VOC2007/JPEGImages/000002.jpg'
     bomb = '<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/hostname">]><annotation><size><width>&x;</width><height>1</height></size></annotation>'
     for bad in ('<a>', xml.format('<object/>'), '<annotation/>', bomb):
         (folder/'Annotations'/'000003.xml').write_text(bad)
@@ -143,9 +143,9 @@ def test_boxes_alone_are_scored_as_boxes():
     from u2seg import evaluate
     coco = dict(images=[dict(id=1, file_name='a.jpg', height=20, width=30)], categories=[dict(id=5, name='x')], annotations=[dict(image_id=1, category_id=5, bbox=[3, 4, 10, 8])])
     panoptic, whole = things_only(coco, 'a.json')
-    assert (Painted(whole)['1'] > 0).sum() == 80
-    found = [dict(image_id=1, category_id=5, score=1., bbox=[3., 4., 10., 8.], segmentation=encode_rle(Painted(whole)['1'] > 0))]
-    scores = evaluate._figures(whole, found, False, '')
+    assert (painter(whole)('1') > 0).sum() == 80
+    found = [dict(image_id=1, category_id=5, score=1., bbox=[3., 4., 10., 8.], segmentation=encode_rle(painter(whole)('1') > 0))]
+    scores = evaluate._ap(GroundTruth('a', panoptic, painter(whole), whole), found, False)
     assert min(scores.values()) > 1 - 1e-9 and all(k.startswith('box_') for k in scores)
 
 def test_cityscapes(tmp_path):
@@ -157,4 +157,4 @@ def test_cityscapes(tmp_path):
                                                        annotations=[dict(image_id=name, file_name=f'{name}_gtFine_panoptic.png', segments_info=segments)]))
     convert(gt/'cityscapes_panoptic_val.json', tmp_path/'leftImg8bit')
     truth = read_truth(tmp_path, 'leftImg8bit/val')
-    assert truth['images'][0]['file_name'] == f'leftImg8bit/val/ulm/{name}_leftImg8bit.png' and truth_map(truth, 1).tolist() == [[7, 7, 26], [0, 7, 26]]
+    assert truth.images[0]['file_name'] == f'leftImg8bit/val/ulm/{name}_leftImg8bit.png' and truth_map(truth, 1).tolist() == [[7, 7, 26], [0, 7, 26]]

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from u2seg import fewshot, train
+from u2seg import batches, fewshot
 from u2seg.augment import Augment
-from u2seg.baselines import model_records
-from u2seg.evaluate import score
+from u2seg.baselines import model_predictions
+from u2seg.evaluate import Mapping, score
 from u2seg.truth import read_truth
-from u2seg.fewshot import LabelledPictures, few_shot, nested_subsets
+from u2seg.fewshot import LabelledImages, few_shot, nested_subsets
 from u2seg.images import encode_rle, ids_to_rgb, read_json, write_json, write_png
 from u2seg.checkpoints import save_weights
 from u2seg.model import build_model
@@ -58,7 +58,7 @@ def test_subsets_are_nested_seeded_and_of_the_right_size():
 
 def test_true_labels_become_targets(root):
     truths = [read_truth(root, s) for s in ('s/train', 't/train')]
-    data = LabelledPictures(root, truths)
+    data = LabelledImages(root, truths)
     assert len(data) == 14 and data.things == [3, 7] and data.stuff == [4, 9]
     for i, (image, t) in enumerate(data):
         n = (i % 9 + 1) if i < 9 else i - 8
@@ -69,13 +69,13 @@ def test_true_labels_become_targets(root):
         for j in range(things): want[10 + 14 * j:22 + 14 * j, 5 + 20 * j:20 + 20 * j] = 0
         assert np.array_equal(t['sem'], want)                                            # crowd too: 0
         for j, m in enumerate(t['masks']): assert m.sum() == 12 * 15 and t['boxes'][j].tolist() == [5 + 20 * j, 10 + 14 * j, 20 + 20 * j, 22 + 14 * j]
-    some = LabelledPictures(root, truths, [0, 12])
+    some = LabelledImages(root, truths, [0, 12])
     assert torch.equal(some[1][1]['sem'], data[12][1]['sem']) and some.images[1]['file_name'] == 't/train/4.png'
 
 
 def test_a_perfect_network_scores_one(root):
     truth = read_truth(root, 's/val')
-    data = LabelledPictures(root, [truth])
+    data = LabelledImages(root, [truth])
     class Perfect(torch.nn.Module):
         config = dict(min_size=48, max_size=64)
         def __init__(self): super().__init__(); self.w, self.i = torch.nn.Parameter(torch.zeros(1)), 0
@@ -88,7 +88,8 @@ def test_a_perfect_network_scores_one(root):
                 for j, m in enumerate(t['masks']): ids[m] = j + 1; segments.append(dict(id=j + 1, category_id=int(t['labels'][j]) + 1))
                 out.append(dict(boxes=t['boxes'], labels=t['labels'], scores=torch.ones(len(t['labels'])), masks=t['masks'], sem_logits=logits, panoptic=(ids, segments)))
             return out
-    s = score(model_records(Perfect(), root, truth['images'], batch_size=8), truth, dict(things=np.array(truth['things']), stuff=np.array(truth['stuff'])))
+    stuff = np.array(truth.stuff)
+    s = score(model_predictions(Perfect(), root, truth.images, batch_size=8), truth, Mapping(np.array(truth.things), stuff, stuff))
     assert s['box_AP'] == s['mask_AP'] == s['PQ'] == s['PixelAcc'] == s['mIoU'] == 1
 
 
@@ -156,8 +157,17 @@ def test_the_network_goes_to_the_gpu(root, tmp_path, monkeypatch):
     assert e.value.args[0] == {'meta'}
 
 
-def test_pictures_are_kept_up_to_a_bound(root, monkeypatch):
-    monkeypatch.setattr(train, 'CACHE', 3 * 48 * 60 * 7)               # bytes of three pictures and their segment ids
-    data = LabelledPictures(root, [read_truth(root, 's/train')])
+def test_images_are_kept_up_to_a_bound(root, monkeypatch):
+    monkeypatch.setattr(batches, 'CACHE', 3 * 48 * 60 * 7)               # bytes of three images and their segment ids
+    data = LabelledImages(root, [read_truth(root, 's/train')])
     for _ in range(2): list(data)
     assert len(data.kept) == 3 and len(data) == 9
+
+
+def test_nothing_is_fine_tuned_without_panoptic_annotations_of_things_and_stuff(root):
+    able = lambda *val: fewshot.can_fine_tune(root, ['s/train'], list(val))
+    assert able('s/val') and able('s/val', 't/train') and not able() and not able('absent/val')
+    file = root/'s'/'annotations'/'panoptic_val.json'
+    things = [dict(c, isthing=1) for c in CATEGORIES]                       # such as an instance file that was converted
+    write_json(file, dict(read_json(file), categories=things))
+    assert not able('s/val') and able('t/train')

@@ -9,8 +9,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from u2seg.classes import COCO_PANOPTIC, supercategories
-from u2seg.baselines import Packed, merged
-from u2seg.evaluate import choose, count_votes, score, semantic_map
+from u2seg.baselines import ImagePrediction, merged, pack
+from u2seg.evaluate import Mapping, count_votes, name_clusters, score, semantic_map
 from u2seg.truth import read_truth
 from u2seg.images import decode_rle, encode_rle, ids_to_rgb, mask_to_box, read_ids, write_ids, write_json
 from u2seg.metrics import confusion_matrix, instance_ap, instances_from_panoptic, pair_counts, panoptic_quality, remap, semantic_from_panoptic, semantic_scores
@@ -291,38 +291,41 @@ def test_renaming_clusters_changes_no_score(method, tmp_path):
     draw_dataset(tmp_path, seed=5, n_train=1, n_val=6, kinds=('scenes',))
     truth, rng = read_truth(tmp_path, 'scenes/val'), np.random.default_rng(0)
     things, stuff = rng.permutation(12) + 1, rng.permutation(9)
-    def records(things, stuff):
+    def predictions(things, stuff):
         rng, out = np.random.default_rng(1), {}
-        for a in truth['panoptic']['annotations']:
-            mine = [dict(t, category_id=int(things[(t['category_id'] + rng.integers(0, 3)) % 12]), score=float(rng.random())) for t in truth['instances']['annotations'] if t['image_id'] == a['image_id']]
-            ids = read_ids(truth['maps']/a['file_name'])
+        for a in truth.panoptic['annotations']:
+            mine = [dict(t, category_id=int(things[(t['category_id'] + rng.integers(0, 3)) % 12]), score=float(rng.random())) for t in truth.instances['annotations'] if t['image_id'] == a['image_id']]
+            ids = truth.ids(a)
             labels = np.array([stuff[(s['category_id'] + rng.integers(0, 2)) % 9] for s in a['segments_info']] + [stuff[0]], np.uint8)
             semantic = labels[np.select([ids == s['id'] for s in a['segments_info']], range(len(labels) - 1), len(labels) - 1)]
             out[a['image_id']] = merged(mine, semantic, n_clusters=12, max_cover=.7, score_threshold=0.)
         return out
-    knobs = dict(n_clusters=12, n_stuff=9, match_score=.2, match_iou=.5, match_stuff_iou=.15)
+    options = dict(n_clusters=12, n_stuff=9, match_score=.2, match_iou=.5, match_stuff_iou=.15)
     scores = []
     for t, s in ((np.arange(12) + 1, np.arange(9)), (things, stuff)):
-        r = records(t, s)
-        scores.append(score(r, truth, choose(count_votes(r, truth, **knobs), truth, method=method)))
+        r = predictions(t, s)
+        scores.append(score(r, truth, name_clusters(count_votes(r, truth, **options), truth, matching=method)))
     assert scores[0].keys() == scores[1].keys() and all(abs(scores[0][k] - scores[1][k]) < 1e-9 for k in scores[0]) and 0 < scores[0]['PQ'] < 1
 
 
-def test_records_keep_their_maps_small_and_unchanged():
+def test_predictions_keep_their_maps_small_and_unchanged():
     rng = np.random.default_rng(0)
-    maps = dict(stuff=np.kron(rng.integers(0, 28, (24, 32)), np.ones((20, 20))).astype(np.uint8), ids=np.kron(rng.integers(0, 900, (24, 32)), np.ones((20, 20))).astype(np.uint16))
-    r = Packed(dict(maps, segments=[dict(id=1)]))
-    for copied in (r, Packed(dict(r)), Packed(r), Packed({k: v for k, v in r.items()})):
-        assert 'ids' in copied and all((copied[k] == v).all() and copied[k].dtype == v.dtype for k, v in maps.items()) and copied['segments'] == [dict(id=1)]
-        assert sum(len(dict.__getitem__(copied, k)[2]) for k in maps) < sum(v.nbytes for v in maps.values()) / 25
-    r['ids'][:] = 0; assert (r['ids'] == maps['ids']).all()              # a copy was changed
+    blocks = lambda n, dtype: np.kron(rng.integers(0, n, (24, 32)), np.ones((20, 20))).astype(dtype)
+    for labels in (blocks(28, np.uint8), blocks(900, np.uint16)):
+        packed = pack(labels)
+        assert (packed.unpack() == labels).all() and packed.unpack().dtype == labels.dtype
+        assert len(packed.data) < labels.nbytes/25
+        packed.unpack()[:] = 0
+        assert (packed.unpack() == labels).all()                          # a copy was changed
 
 
 def test_the_semantic_map_takes_segments_then_stuff_then_nothing():
-    mapping = dict(things=np.array([7, -1]), stuff=np.array([20, -1]), pixels=np.array([7, 20]))
-    record = dict(ids=np.array([[1, 2, 3, 4, 0, 0]]), segments=[dict(id=i, category_id=i) for i in (1, 2, 3, 4)], under=np.array([[2, 2, 2, 2, 1, 2]], np.uint8), stuff=np.array([[0, 1, 2, 0, 1, 2]], np.uint8))
-    assert semantic_map(record, mapping).tolist() == [[7, -1, 20, -1, 20, -1]]
-    assert semantic_map(dict(stuff=record['stuff']), mapping).tolist() == [[-1, 7, 20, -1, 7, 20]]
+    mapping = Mapping(things=np.array([7, -1]), stuff=np.array([20, -1]), pixels=np.array([7, 20]))
+    row = lambda *labels: pack(np.array([labels], np.uint8))
+    segments = [dict(id=i, category_id=i) for i in (1, 2, 3, 4)]
+    p = ImagePrediction(ids=row(1, 2, 3, 4, 0, 0), segments=segments, stuff=row(2, 2, 2, 2, 1, 2), semantic=row(0, 1, 2, 0, 1, 2))
+    assert semantic_map(p, mapping).tolist() == [[7, -1, 20, -1, 20, -1]]
+    assert semantic_map(ImagePrediction(semantic=p.semantic), mapping).tolist() == [[-1, 7, 20, -1, 7, 20]]
 
 
 def test_supercategories_of_real_ground_truth():

@@ -75,7 +75,7 @@ def test_a_folder_without_labels_goes_all_the_way(repo):
     assert read_json('out/maskcut/metrics.json')['n_skipped'] == 1 and read_json('out/panoptic/metrics.json')['n_images'] == N
     assert {'photos/0.jpg', 'photos/a/1.png', 'photos/a/b c/2.BMP', 'photos/ä/3.webp', 'photos/4.tif', 'photos/a/5.gif'} < {im['file_name'] for im in read_json('out/cutler/instances.json')['images']}
     for figure in ('pictures', 'matching', 'classes', 'failures'): assert Image.open(f'out/evaluate/{figure}.png').size[0] > 100       # galleries
-    assert read_json('out/evaluate/metrics.json')['shares'] == {} and read_json('out/fewshot/metrics.json') == dict(runs=[])
+    assert read_json('out/evaluate/metrics.json')['splits'] == {} and read_json('out/fewshot/metrics.json') == dict(runs=[])
     assert 'No ground truth was given' in Path('out/report/results.md').read_text() and Path('README.md').read_text() == (root/'README.md').read_text()
     assert all('NaN' not in p.read_text() for p in Path('out').glob('*/metrics.json'))
 
@@ -106,7 +106,7 @@ def test_with_a_coco_file_it_is_evaluated(repo):
     write_json(repo/'mine'/'annotations'/'instances_photos.json', dict(images=images, annotations=notes, categories=[dict(id=7, name='thing in the middle')]))
     change(repo, data=dict(val=['photos']))
     run(repo, 'evaluate', 'fewshot', 'report')
-    scores = read_json('out/evaluate/metrics.json')['shares']['photos']
+    scores = read_json('out/evaluate/metrics.json')['splits']['photos']
     assert 0 <= scores['U2Seg']['val']['vote']['mask_AP'] <= 1 and 'PQ' not in scores['U2Seg']['val']['vote'] and 'agnostic_mask_AP' in scores['U2Seg']['agnostic']
     assert set(read_json('out/evaluate/mapping.json')['names'].values()) <= {'thing in the middle'}
     assert '## photos' in Path('out/report/results.md').read_text()
@@ -120,8 +120,8 @@ def test_instance_files_are_read_as_they_are(tmp_path):
     coco = dict(images=[dict(id=5, file_name='x.jpg', width=30, height=20)], categories=[dict(id=2, name='box')], annotations=[dict(id=9, image_id=5, category_id=2, segmentation=s) for s in (rle, polygon)])
     write_json(tmp_path/'annotations'/'instances_val.json', coco)
     truth = read_truth(tmp_path, 'val')
-    assert truth['things'] == [2] and truth['stuff'] == [] and truth['images'][0]['file_name'] == 'val/x.jpg'
-    assert [a['area'] for a in truth['instances']['annotations']] == [96, 96] and (truth_map(truth, 5) == np.where(mask, 2, 0)).all()
+    assert truth.things == [2] and truth.stuff == [] and truth.images[0]['file_name'] == 'val/x.jpg'
+    assert [a['area'] for a in truth.instances['annotations']] == [96, 96] and (truth_map(truth, 5) == np.where(mask, 2, 0)).all()
 
 
 @pytest.mark.parametrize('broken,message', [
@@ -141,15 +141,15 @@ def test_coco_s_own_instances_are_what_ap_is_scored_on(tmp_path):
     images = [dict(id=4, file_name='x.jpg', width=30, height=20), dict(id=6, file_name='y.jpg', width=30, height=20)]
     for name in ('4.png', '6.png'): write_png(tmp_path/'annotations'/'panoptic_val'/name, ids_to_rgb(ids))
     write_json(tmp_path/'annotations'/'panoptic_val.json', dict(images=images, categories=categories, annotations=[dict(image_id=4, file_name='4.png', segments_info=segments), dict(image_id=6, file_name='6.png', segments_info=[])]))
-    areas = lambda **kw: sorted(a['area'] for a in read_truth(tmp_path, 'val', **kw)['instances']['annotations'])
+    areas = lambda **kw: sorted(a['area'] for a in read_truth(tmp_path, 'val', **kw).instances['annotations'])
     assert areas() == [60, 100]                                        # cut out of the map
     box = lambda x: [[x, 2, x + 10, 2, x + 10, 12, x, 12]]
     coco = dict(images=images, categories=[dict(id=5, name='cup', supercategory='kitchen')], annotations=[dict(id=i, image_id=4, category_id=5, iscrowd=0, area=100, segmentation=box(x)) for i, x in ((71, 2), (72, 8))])
     write_json(tmp_path/'annotations'/'instances_val.json', coco)
     assert areas() == [100, 100] and areas(n_images=1) == [100, 100]
     truth = read_truth(tmp_path, 'val')
-    assert truth['stuff'] == [8] and truth_map(truth, 4)[16, 0] == 8                      # the panoptic truth stays
-    found = [dict(a, score=1.) for a in truth['instances']['annotations']]
+    assert truth.stuff == [8] and truth_map(truth, 4)[16, 0] == 8                      # the panoptic truth stays
+    found = [dict(a, score=1.) for a in truth.instances['annotations']]
     assert evaluate.score_agnostic({4: dict(instances=found)}, truth)['agnostic_mask_AP'] == 1
     write_json(tmp_path/'annotations'/'instances_val.json', dict(coco, images=images[:1]))
     with pytest.raises(ValueError, match='lacks image 6'): areas()
@@ -254,4 +254,4 @@ def test_an_image_that_vanishes_after_the_work_is_left_out_of_the_figures(few):
     figures = [f for s in again for f in sorted((repo/'out'/s).rglob('*.png')) if f.parent.name in (s, 'figures')]
     for f in figures: f.unlink()
     run(repo, *again)
-    assert len(figures) > 10 and all(f.exists() for f in figures) and list(metrics('evaluate')['shares']) == ['photos']
+    assert len(figures) > 10 and all(f.exists() for f in figures) and list(metrics('evaluate')['splits']) == ['photos']

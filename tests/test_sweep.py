@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from u2seg import sweep as S
+from u2seg.results import read_rows
 from u2seg.stage import load_params
 
 root = Path(__file__).parents[1]
@@ -22,7 +23,7 @@ def test_committed_sweeps_pass_the_stages_checks(name):
     assert len({e['name'] for e in todo}) == len(todo) == 3 * len(sweep['settings'])
     changes = [json.dumps(S.changed(load_params(root), e['set']), sort_keys=True) for e in todo]
     assert len(set(changes)) == len(changes), 'two experiments are the same'
-    assert sweep['rows'] == 'all' or set(sweep['rows']) <= {'MaskCut + clusters', 'CutLER+', 'STEGO', 'CutLER+STEGO', 'U2Seg'}
+    assert sweep['methods'] == 'all' or set(sweep['methods']) <= {'MaskCut + clusters', 'CutLER+', 'STEGO', 'CutLER+STEGO', 'U2Seg'}
 
 
 @pytest.mark.parametrize('stage', ['cutler', 'train', 'fewshot'])
@@ -43,7 +44,7 @@ def test_every_ablation_of_the_paper_is_there():
 TOY = {'train': "import yaml, pathlib; p = yaml.safe_load(open('params.yaml'))['train']; o = pathlib.Path('out/train'); o.mkdir(parents=True, exist_ok=True); (o/'model').write_text(str(p['seed'])); open(COUNT, 'a').write('t')",
        'evaluate': "import yaml, json, pathlib; p = yaml.safe_load(open('params.yaml'))['evaluate']; s = int(open('out/train/model').read()); assert p['gain'] < 9; assert open('pictures/a').read() == 'a'; "
                    "o = pathlib.Path('out/evaluate'); o.mkdir(parents=True, exist_ok=True); r = dict(U2Seg=dict(val=dict(vote=dict(PQ=p['gain'] + s / 10))), STEGO=dict(val=dict(vote=dict(PQ=0.)))); "
-                   "(o/'metrics.json').write_text(json.dumps(dict(shares=dict(scenes=r))))"}
+                   "(o/'metrics.json').write_text(json.dumps(dict(splits=dict(scenes=r))))"}
 
 
 def notebook(path, parameters, check):
@@ -66,7 +67,7 @@ def toy(tmp_path):
                            evaluate=dict(cmd=f'{py} evaluate.py', params=['evaluate'], deps=['out/train/model', 'pictures'], metrics=['out/evaluate/metrics.json'])))
     (repo/'dvc.yaml').write_text(yaml.safe_dump(dvc)); (repo/'pictures'/'a').write_text('a')
     (repo/'.gitignore').write_text('/out\n/pictures\n')
-    sweeps = dict(gains=dict(question='?', seeds=['train.seed'], targets=['evaluate', 'train'], rows=['U2Seg'], settings={'low': {'evaluate.gain': 0.1}, 'high': {'evaluate.gain': 0.5}, 'fails': {'evaluate.gain': 9.0}}))
+    sweeps = dict(gains=dict(question='?', seeds=['train.seed'], targets=['evaluate', 'train'], methods=['U2Seg'], settings={'low': {'evaluate.gain': 0.1}, 'high': {'evaluate.gain': 0.5}, 'fails': {'evaluate.gain': 9.0}}))
     (repo/'ablations'/'sweeps.yaml').write_text(yaml.safe_dump(sweeps, sort_keys=False))
     sh('git', 'init', '-q', '-b', 'main', cwd=repo); sh('git', 'config', 'user.name', 'a', cwd=repo); sh('git', 'config', 'user.email', 'a@b', cwd=repo)
     sh('dvc', 'init', '-q', cwd=repo); sh('git', 'add', '.', cwd=repo); sh('git', 'commit', '-qm', 'toy', cwd=repo)
@@ -79,15 +80,15 @@ def test_a_sweep_runs_beside_the_workspace(toy, capsys):
     before = sh('git', 'status', '--short', cwd=toy), (toy/'params.yaml').read_text(), sh('git', 'stash', 'list', cwd=toy)
     failed = S.run_sweep('gains', root=toy, seeds=[0, 1], n_jobs=2)
     assert len(failed) == 2 and all('gains-fails-s' in f and Path(f.split('see ')[1]).read_text() for f in failed)
-    rows = S.read_rows(toy/'ablations'/'gains.csv')
-    assert [(r['setting'], r['seed'], r['row'], r['PQ']) for r in rows] == [('low', 0, 'U2Seg', .1), ('high', 0, 'U2Seg', .5), ('low', 1, 'U2Seg', .2), ('high', 1, 'U2Seg', .6)]
+    rows = read_rows(toy/'ablations'/'gains.csv')
+    assert [(r['setting'], r['seed'], r['method'], r['PQ']) for r in rows] == [('low', 0, 'U2Seg', .1), ('high', 0, 'U2Seg', .5), ('low', 1, 'U2Seg', .2), ('high', 1, 'U2Seg', .6)]
     assert (sh('git', 'status', '--short', '--untracked-files=no', cwd=toy), (toy/'params.yaml').read_text(), sh('git', 'stash', 'list', cwd=toy)) == before
     assert {'gains-low-s0', 'gains-high-s1'} <= set(sh('dvc', 'exp', 'list', '--name-only', cwd=toy).split())
     trained = (toy.parent/'count').stat().st_size
     assert trained <= 4                                          # two seeds; two workers may train the same one at the same time
     assert S.run_sweep('gains', root=toy, seeds=[0, 1], n_jobs=1) and (toy.parent/'count').stat().st_size == trained      # the second time from the cache
     assert (toy.parent/'cache'/'files').is_dir() and not (toy/'.dvc'/'cache'/'files').exists()
-    assert S.read_rows(toy/'ablations'/'gains.csv') == rows
+    assert read_rows(toy/'ablations'/'gains.csv') == rows
 
 
 def test_a_clone_has_the_images_and_weights_that_neither_git_nor_dvc_carries(toy):
@@ -113,13 +114,13 @@ def test_a_wrong_setting_stops_before_anything_runs(toy):
 
 
 def test_summaries_by_hand():
-    rows = [dict(setting=s, seed=i, share=h, row=r, fitted_on='val', method='vote', PQ=v) for s, i, h, r, v in (
+    rows = [dict(setting=s, seed=i, split=h, method=r, fitted_on='val', matching='vote', PQ=v) for s, i, h, r, v in (
         ('a', 0, 'x', 'U', .4), ('a', 0, 'y', 'U', .6), ('a', 1, 'x', 'U', .3), ('a', 1, 'y', 'U', .3), ('a', 0, 'x', 'L', .5), ('a', 1, 'x', 'L', .4))]
-    mean, spread, n = S.mean_and_spread([r for r in rows if r['row'] == 'U'], 'PQ')
-    assert (round(mean, 9), n) == (.4, 2) and abs(spread - np.std([.5, .3], ddof=1)) < 1e-12       # shares first, then seeds
-    m = S.margin(rows, dict(row='U'), dict(row='L'), 'PQ')
+    mean, spread, n = S.mean_and_spread([r for r in rows if r['method'] == 'U'], 'PQ')
+    assert (round(mean, 9), n) == (.4, 2) and abs(spread - np.std([.5, .3], ddof=1)) < 1e-12       # splits first, then seeds
+    m = S.margin(rows, dict(method='U'), dict(method='L'), 'PQ')
     assert np.allclose([m['mean'], m['least'], m['most']], [-.05, -.1, 0]) and m['verdict'] == 'the seeds disagree'
-    assert S.margin(rows, dict(row='U'), dict(row='L', share='y'), 'PQ') is None and S.mean_and_spread(rows, 'SQ') is None
-    assert '| a | 40.0 ± 14.1 |' in S.summary(rows, ['PQ'], row='U')
-    assert '| b | 20.0 (1 of 2 seeds) |' in S.summary([*rows, dict(rows[0], setting='b', PQ=.2)], ['PQ'], row='U')
-    assert S.margin(rows[4:], dict(row='L'), dict(row='L'), 'PQ')['verdict'] == 'equal'
+    assert S.margin(rows, dict(method='U'), dict(method='L', split='y'), 'PQ') is None and S.mean_and_spread(rows, 'SQ') is None
+    assert '| a | 40.0 ± 14.1 |' in S.summary(rows, ['PQ'], method='U')
+    assert '| b | 20.0 (1 of 2 seeds) |' in S.summary([*rows, dict(rows[0], setting='b', PQ=.2)], ['PQ'], method='U')
+    assert S.margin(rows[4:], dict(method='L'), dict(method='L'), 'PQ')['verdict'] == 'equal'
