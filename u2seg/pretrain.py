@@ -20,6 +20,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .exact import arithmetic
 from .features import build_vit, patch_size
 from .images import ImageError, list_images, read_image, resize_image, write_atomic
 from .scenes import draw_images
@@ -156,6 +157,7 @@ def fit(images:np.ndarray,   # uint8 [n, S, S, 3]
         bf16:bool, seed:int, device:str='cpu', save_every:int=200,
         )->tuple[VisionTransformer, list[dict]]: # averaged weights; a row of the log every `LOG_EVERY` steps
     "Train from scratch without labels, resumable."
+    bf16 = bf16 and (torch.device(device).type != 'cpu' or arithmetic() == 'fast')     # not every CPU has it
     settings = {k: v for k, v in locals().items() if k not in ('images', 'folder', 'device', 'save_every')}
     settings |= {'n_images': len(images)}
     if save_every % LOG_EVERY: raise ValueError(f'save_every must be a multiple of {LOG_EVERY}, got {save_every}')

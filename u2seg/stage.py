@@ -14,12 +14,14 @@ import re
 import shutil
 import sys
 import tempfile
+from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
 
 import nbformat
 import yaml
 
+from .exact import PINS, arithmetic
 from .images import write_atomic, write_json
 from .shards import _worker
 
@@ -197,17 +199,29 @@ def _execute(stage, source, ran, values, root):
         except papermill.PapermillExecutionError as e:
             raise SystemExit(f'stage {stage}: {e.ename}: {e.evalue}\n(cell by cell in {ran})') from None
 
-# %% ../nbs/06_stage.ipynb #run_stage
-def _set_threads():
+# %% ../nbs/06_stage.ipynb #held
+def _held()->dict[str, str]:
+    "The environment variables that a stage's results depend on."
     threads = os.environ.get('U2SEG_THREADS', '2')
     if not threads.isdecimal() or int(threads) < 1:
         raise ValueError(f'the variable U2SEG_THREADS must be a number of CPU threads, got {threads!r}')
-    for library in ('OMP', 'MKL', 'OPENBLAS'): os.environ[f'{library}_NUM_THREADS'] = threads
+    kind = arithmetic('fast')
+    held = {f'{library}_NUM_THREADS': threads for library in ('OMP', 'MKL', 'OPENBLAS')}
+    return held | (PINS if kind == 'exact' else {}) | {'U2SEG_ARITHMETIC': kind}
 
+@contextmanager
+def _environment(values):
+    before = dict(os.environ)
+    os.environ.update(values)
+    try: yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+# %% ../nbs/06_stage.ipynb #run_stage
 def run_stage(stage:str, root:str|Path='.'):
     "Execute a stage's notebook with its section of `params.yaml`; keep it as `out/<stage>/run.ipynb`."
-    source = stage_notebook(root, stage)
-    _set_threads()
+    source, held = stage_notebook(root, stage), _held()
     nb = nbformat.read(source, 4)
     values = stage_values(stage, load_params(root), declared(nb))
     run_check(stage, nb, values | {'root': str(root)})
@@ -217,7 +231,7 @@ def run_stage(stage:str, root:str|Path='.'):
     os.environ.setdefault('TQDM_MININTERVAL', '5')       # papermill handles each line of progress as a message
     rank, world = _worker()
     ran = scratch/(f'run_{rank}.ipynb' if world > 1 else 'run.ipynb')
-    _execute(stage, source, ran, values | {'root': '.'}, root)
+    with _environment(held): _execute(stage, source, ran, values | {'root': '.'}, root)
     if rank == 0: write_atomic(out/'run.ipynb', nbformat.writes(tidy(nbformat.read(ran, 4))).encode())
     if world == 1: shutil.rmtree(scratch)                # torchrun's other workers may still read the shards
 

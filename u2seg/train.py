@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from .batches import _seed, Batches
+from .exact import arithmetic
 from .images import write_atomic
 from .optim import clip_gradients, parameter_groups, precise_bn
 from .shards import _worker
@@ -184,8 +185,9 @@ def fit(model:nn.Module,   # `model(images, targets) -> {name: loss}` in trainin
     folder, device = Path(folder), next(model.parameters()).device
     rank, world = _processes(device)
     amp = solver.amp
-    if amp == 'bf16' and device.type == 'cpu' and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        amp = None; tqdm.write('this CPU does not compute in bfloat16: training in float32')
+    able = device.type != 'cpu' or arithmetic() == 'fast' and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if amp == 'bf16' and not able:
+        amp = None; tqdm.write('not every CPU computes in bfloat16: training in float32')
     run, key = _Run(model, solver, amp), _recipe(model, batches, solver, amp)
     share, state = _Share(batches, rank, world, solver.accumulate), _load(folder/'checkpoint.pt', key)
     if state: run.restore(state)
