@@ -27,7 +27,8 @@ def arithmetic(default:str='fast', # where the variable is not set
                )->str:             # 'exact' or 'fast'
     "What the variable `U2SEG_ARITHMETIC` asks for and this machine can do; `ValueError` if it asks for something else."
     asked = os.environ.get('U2SEG_ARITHMETIC') or default
-    if asked not in KINDS: raise ValueError(f'the variable U2SEG_ARITHMETIC must be {" or ".join(KINDS)}, got {asked!r}')
+    if asked not in KINDS:
+        raise ValueError(f'the variable U2SEG_ARITHMETIC must be {" or ".join(KINDS)}, got {asked!r}')
     try: able = ' avx2 ' in Path('/proc/cpuinfo').read_text()
     except OSError: able = False
     return asked if able else 'fast'
@@ -49,6 +50,7 @@ def install():
         return sqrt(x.float()).to(x.dtype if x.is_floating_point() else torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')                  # that kernels are replaced
-        for f in (mm, addmm, sqrt): _LIBRARY.append(torch.library.Library('aten', 'IMPL')); _LIBRARY[-1].impl(f.__name__, f, 'CPU')
+        _KEPT.append(torch.library.Library('aten', 'IMPL'))
+        for f in (mm, addmm, sqrt): _KEPT[-1].impl(f.__name__, f, 'CPU')
 
-_LIBRARY = []                                            # what it holds lasts as long as the process
+_KEPT = []                                               # the kernels go when this goes
