@@ -9,7 +9,11 @@ __all__ = ['NO_DATA', 'MEAN', 'STD', 'SUFFIXES', 'ImageError', 'read_image', 'to
            'read_ids', 'write_png', 'instances_json', 'by_image']
 
 # %% ../nbs/01_images.ipynb #imports
-import io, json, os, re, uuid
+import io
+import json
+import os
+import re
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -31,10 +35,12 @@ def read_image(path:str|Path,  # any format that Pillow decodes
         with Image.open(path) as im:
             return np.array(_to_rgb(im))
     except FileNotFoundError: raise ImageError(f'{path}: no such file') from None
-    except Exception as e: raise ImageError(f'{path}: not a readable image ({type(e).__name__}: {str(e)[:100]})') from None
+    except Exception as e:
+        raise ImageError(f'{path}: not a readable image ({type(e).__name__}: {str(e)[:100]})') from None
 
 # %% ../nbs/01_images.ipynb #to_rgb
-_TURNS = dict(zip(range(2, 9), ('FLIP_LEFT_RIGHT', 'ROTATE_180', 'FLIP_TOP_BOTTOM', 'TRANSPOSE', 'ROTATE_270', 'TRANSVERSE', 'ROTATE_90')))  # by EXIF's orientation
+_TURNS = {2: 'FLIP_LEFT_RIGHT', 3: 'ROTATE_180', 4: 'FLIP_TOP_BOTTOM', 5: 'TRANSPOSE', # by EXIF's orientation
+          6: 'ROTATE_270', 7: 'TRANSVERSE', 8: 'ROTATE_90'}
 
 def _upright(im:Image.Image)->Image.Image:
     im.load()                                                     # a TIFF is turned here
@@ -71,7 +77,8 @@ STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 def to_tensor(image:np.ndarray,  # uint8 [H, W, 3]
               )->Tensor:         # float32 [3, H, W] in [0, 1]
     "Pixels as a float tensor, channels first."
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8: raise ValueError(f'image must be uint8 [H, W, 3], got {image.dtype} {list(image.shape)}')
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ValueError(f'image must be uint8 [H, W, 3], got {image.dtype} {list(image.shape)}')
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float() / 255
 
 def normalize(x:Tensor,  # float [..., 3, H, W], RGB in [0, 1]
@@ -124,7 +131,7 @@ def list_images(root:str|Path,       # folder that file names are relative to
 
 # %% ../nbs/01_images.ipynb #write_atomic
 def part_of(path:str|Path)->Path:
-    "A name beside `path` for what is not finished yet, which no other process has, on this machine or another; it is short whatever that of `path`."
+    "A short name beside `path` for an unfinished file, which no other process has, on this machine or another."
     return Path(path).with_name(f'.{uuid.uuid4().hex}.part')
 
 def write_atomic(path:str|Path, # destination; its folder is made if needed
@@ -143,7 +150,10 @@ def write_json(path:str|Path,
                obj,        # anything that JSON holds; numpy numbers are converted
                indent:int|None=None):
     "Write JSON atomically."
-    write_atomic(path, json.dumps(obj, indent=indent, default=lambda x: x.item() if hasattr(x, 'item') and x.size == 1 else x.tolist()).encode())
+    write_atomic(path, json.dumps(obj, indent=indent, default=_plain).encode())
+
+def _plain(x): # a numpy number or array as JSON has it
+    return x.item() if hasattr(x, 'item') and x.size == 1 else x.tolist()
 
 def read_json(path:str|Path):
     "Read JSON; `ValueError` names a file that is missing or broken."
@@ -173,7 +183,8 @@ def _filled(code, start, pixels):
         at, n, base, last, p = 0, 0, 0, 0, start[i]
         while p < start[i + 1] and 0 <= at <= pixels[i]:
             run, p = next_run(code, p, start[i + 1], base if n > 2 else 0)
-            at, n, base, last = at + run if run >= 0 else -1, n + 1, last, run
+            at, n = at + run if run >= 0 else -1, n + 1
+            base, last = last, run
         out[i] = at == pixels[i]
     return out
 
@@ -191,26 +202,33 @@ def whole(x)->int|None: # None: it means no integer
     if type(x) is int: return x if abs(x) < 2**63 else None
     if isinstance(x, np.integer): return int(x)
     if isinstance(x, float): return int(x) if x.is_integer() and abs(x) < 2**53 else None
-    return int(m[1]) if isinstance(x, str) and (m := re.fullmatch(r'\s*([+-]?[0-9]{1,18})(\.0*)?\s*', x)) else None
+    match = re.fullmatch(r'\s*([+-]?[0-9]{1,18})(\.0*)?\s*', x) if isinstance(x, str) else None
+    return int(match[1]) if match else None
 
 def _sides(size):
     "Height and width of a mask, if they are of a mask that can be."
     if not isinstance(size, (list, tuple)) or len(size) != 2: raise ValueError(f'a mask of size {str(size)[:50]}')
     h, w = (whole(v) or 0 for v in size)
-    if not (0 < h < 2**16 and 0 < w < 2**16 and h * w <= 2**28): raise ValueError(f'a mask of {str(size[0])[:20]} x {str(size[1])[:20]}')
+    if not (0 < h < 2**16 and 0 < w < 2**16 and h*w <= 2**28):
+        raise ValueError(f'a mask of {str(size[0])[:20]} x {str(size[1])[:20]}')
     return h, w
 
+def _code(runs, h, w): return coco_mask.frPyObjects(dict(size=[h, w], counts=runs), h, w)['counts'].decode()
+
 def compressed(rle:dict, # {size, counts}; counts compressed (str or bytes) or a list
-               *, check:bool=True)->dict: # the same, compressed; `check` false: whether a compressed code fills its mask is left to the caller
+               *, check:bool=True, # false: whether a compressed code fills its mask is left to the caller
+               )->dict:            # the same, compressed
     "A run-length code that pycocotools can be given; `ValueError` unless the runs fill the mask."
-    if not isinstance(rle, dict) or not {'size', 'counts'} <= rle.keys(): raise ValueError('a mask without `size` and `counts`')
+    if not isinstance(rle, dict) or not {'size', 'counts'} <= rle.keys():
+        raise ValueError('a mask without `size` and `counts`')
     (h, w), counts = _sides(rle['size']), rle['counts']
     if isinstance(counts, (str, bytes)): good = not check or filled([counts], [h * w])[0]
     else:
         try: runs = np.asarray(counts, float)
         except (TypeError, ValueError, OverflowError): runs = np.zeros(0)
-        good = runs.ndim == 1 and runs.size and (runs >= 0).all() and (runs == np.floor(runs)).all() and runs.sum() == h * w
-        counts = coco_mask.frPyObjects(dict(size=[h, w], counts=runs.astype(int).tolist()), h, w)['counts'].decode() if good else ''
+        are_counts = runs.ndim == 1 and runs.size and (runs >= 0).all() and (runs == np.floor(runs)).all()
+        good = are_counts and runs.sum() == h*w
+        if good: counts = _code(runs.astype(int).tolist(), h, w)
     if not good: raise ValueError(f'runs that do not fill a mask of {h} x {w}')
     return dict(size=[h, w], counts=counts)
 
@@ -238,7 +256,8 @@ def mask_to_box(mask:np.ndarray, # bool [H, W]
 def ids_to_rgb(ids:np.ndarray, # int [H, W], 0 ... 2**24 - 1
                )->np.ndarray:  # uint8 [H, W, 3]
     "Segment ids as colours: id = R + 256 G + 65536 B."
-    if ids.size and (ids.min() < 0 or ids.max() >= 1 << 24): raise ValueError(f'ids must lie in 0 ... {(1 << 24) - 1}, got {ids.min()} ... {ids.max()}')
+    if ids.size and (ids.min() < 0 or ids.max() >= 1 << 24):
+        raise ValueError(f'ids must lie in 0 ... {(1 << 24) - 1}, got {ids.min()} ... {ids.max()}')
     return np.stack([(ids >> shift & 255).astype(np.uint8) for shift in (0, 8, 16)], -1)
 
 def rgb_to_ids(rgb:np.ndarray, # uint8 [H, W, 3]
@@ -273,7 +292,8 @@ def instances_json(images:list[dict],      # {id, file_name, width, height}
     for i, a in enumerate(annotations, 1):
         rle = a['segmentation']
         code = dict(rle, counts=rle['counts'].encode()) if isinstance(rle['counts'], str) else rle
-        out.append(dict(a, id=i, iscrowd=a.get('iscrowd', 0), area=int(coco_mask.area(code)), bbox=[float(v) for v in coco_mask.toBbox(code)]))
+        box = [float(v) for v in coco_mask.toBbox(code)]
+        out.append(dict(a, id=i, iscrowd=a.get('iscrowd', 0), area=int(coco_mask.area(code)), bbox=box))
     return dict(images=images, annotations=out, categories=categories)
 
 def by_image(coco:dict,         # a COCO instance file
@@ -281,6 +301,7 @@ def by_image(coco:dict,         # a COCO instance file
     "The annotations of each image, in order."
     out = {im['id']: [] for im in coco['images']}
     for a in coco['annotations']:
-        if a['image_id'] not in out: raise ValueError(f"annotation {a.get('id')} names image {a['image_id']}, which the file does not list")
+        if a['image_id'] not in out:
+            raise ValueError(f"annotation {a.get('id')} names image {a['image_id']}, which the file does not list")
         out[a['image_id']].append(a)
     return out
