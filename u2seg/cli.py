@@ -45,7 +45,9 @@ def table():
     "Print the results."
     path = Path('out/report/results.md')
     if not path.exists(): raise ValueError(f'{path}: not there; run dvc repro first')
+    from u2seg.published import compared
     print(path.read_text())
+    print(compared('.'))
 
 # %% ../nbs/95_cli.ipynb #sweep
 def sweep(name:str, jobs:int=1, seeds:tuple[int]=(0, 1, 2), print_only:bool=False):
