@@ -123,7 +123,7 @@ def baselines(root:str|Path, images:list[dict], # {id, file_name}, file names re
               maskcut:dict,                     # options of `label_images`
               clusters:Clusters,
               detector:torch.nn.Module,         # class-agnostic (`n_things = 1`, `n_stuff = 0`)
-              stuff:Callable,                   # list of uint8 [H, W, 3] -> list of uint8 [H, W], of `labeller.segmenter`
+              stuff:Callable,                   # list of uint8 [H, W, 3] -> list of uint8 [H, W], of `semantic.segmenter`
               folder:str|Path,                  # scratch
               batch_size:int, max_cover:float, combine_score:float, # as in `combine_baselines`
               )->dict[str, dict[int, ImagePrediction]]: # method -> image id -> prediction

@@ -129,6 +129,7 @@ def _labels(p):
     own = {s['category_id']: s['category_id'] for s in p.segments}
     return semantic_from_panoptic(p.ids.unpack(), p.segments, own, void=0), p.stuff.unpack()
 
+# %% ../nbs/75_evaluate.ipynb #semantic_scores
 def _semantic_scores(counts, truth, mapping, panoptic):
     "Scores over all classes; `_joined`: all things are one class, mean over classes of the ground truth (the official code)."
     index, n = {c: i for i, c in enumerate(truth.names)}, len(truth.names)

@@ -84,6 +84,8 @@ def class_figure(pq:dict[str, dict[str, float]], # method -> class -> PQ
     return fig
 
 # %% ../nbs/78_figures.ipynb #Summary
+_BASELINES = {'labels': 'MaskCut + clusters', 'CutLER+STEGO': 'CutLER+STEGO'} # title -> method
+
 @dataclass(frozen=True)
 class Summary:
     "Figures and findings of the last split, and the failures of all."
@@ -104,7 +106,7 @@ class View:
 
     @property
     def methods(self)->dict[str, str]: # title -> method
-        return ({'labels': 'MaskCut + clusters', 'CutLER+STEGO': 'CutLER+STEGO'} if self.baselines else {}) | {'U2Seg': 'U2Seg'}
+        return _BASELINES | dict(U2Seg='U2Seg') if self.baselines else dict(U2Seg='U2Seg')
 
     def where(self, split:str)->str: return 'train' if ('U2Seg', 'train', 'vote') in self.mappings else split
 

@@ -193,6 +193,7 @@ def claims(rows:list[dict], fewshot:list[dict]=())->list[dict]: # {claim, verdic
                 out.append(dict(claim=f'U2Seg {text} ({split}, {words})', verdict=_verdict([x[k] - y[k] for k in keys]), figures=figures))
     return out + _fewshot_claims(fewshot)
 
+# %% ../nbs/85_report.ipynb #fewshot_claims
 def _fewshot_claims(fewshot):
     "The order of the initial weights at each percentage."
     out = []
