@@ -10,7 +10,7 @@ from u2seg.images import encode_rle, instances_json, write_png
 from u2seg.checkpoints import load_weights, save_weights
 from u2seg.model import build_model
 from u2seg.augment import Augment
-from u2seg.solver import Solver
+from u2seg.solver import Solver, check_solver
 from u2seg.batches import Batches, PseudoLabels
 
 try: import detectron2
@@ -45,6 +45,14 @@ def test_absent_it_says_so_in_one_sentence():
     code = "import sys; sys.modules['detectron2'] = None\nimport u2seg.train\ntry: import u2seg.engine\nexcept ImportError as e: print(e)"
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
     assert out.startswith("engine 'detectron2' needs detectron2, which PyPI does not carry; https://detectron2.readthedocs.io") and out.count('\n') == 1
+
+
+def test_the_check_before_training_says_it_as_well(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'detectron2', None)
+    monkeypatch.delitem(sys.modules, 'u2seg.engine', raising=False)
+    solver = Solver(batch_size=2, **{k: v for k, v in RECIPE.items() if k != 'log_every'})
+    with pytest.raises(ValueError, match="engine 'detectron2' needs detectron2"):
+        check_solver(solver, n_procs=1, engine='detectron2')
 
 
 @pytest.fixture(scope='module')
