@@ -18,8 +18,8 @@ repro: $(VENV)/installed
 
 test: $(VENV)/installed
 	dvc pull data.dvc features
-	OMP_NUM_THREADS=1 U2SEG_THREADS=1 nbdev_test --n_workers 2
-	OMP_NUM_THREADS=1 U2SEG_THREADS=1 python -m pytest -q --instafail -n 2 --dist loadfile --durations 10 tests
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 U2SEG_THREADS=1 nbdev_test --n_workers 2
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 U2SEG_THREADS=1 python -m pytest -q --instafail -n 2 --dist loadfile --durations 10 tests
 
 nightly: $(VENV)/installed
 	OMP_NUM_THREADS=1 U2SEG_THREADS=1 U2SEG_FUZZ=100000 U2SEG_SLOW=1 python -m pytest -q --instafail -n 2 --timeout 0 tests/test_fuzz.py tests/test_detectron2_parity.py

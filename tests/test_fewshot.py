@@ -161,7 +161,7 @@ def test_images_are_kept_up_to_a_bound(root, monkeypatch):
     monkeypatch.setattr(batches, 'CACHE', 3 * 48 * 60 * 7)               # bytes of three images and their segment ids
     data = LabelledImages(root, [read_truth(root, 's/train')])
     for _ in range(2): list(data)
-    assert len(data.kept) == 3 and len(data) == 9
+    assert len(data.cache) == 3 and len(data) == 9
 
 
 def test_nothing_is_fine_tuned_without_panoptic_annotations_of_things_and_stuff(root):

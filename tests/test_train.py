@@ -1,5 +1,5 @@
 "Training: killed and resumed, in one process and in two, against plain formulas."
-import copy, functools, math, os, signal, sys, time, types
+import copy, functools, math, os, resource, signal, subprocess, sys, time, types
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from u2seg import batches, train
-from u2seg.batches import Kept
+from u2seg.batches import Cache
 from u2seg.augment import Augment
 from u2seg.images import decode_rle, encode_rle, instances_json, write_png
 from u2seg.model import build_model
@@ -300,13 +300,13 @@ def test_an_unreadable_picture_is_named_and_replaced(data, tmp_path):
     names = [n for i in range(6) for n in made(fresh, **VIEWS)[i][2]]
     assert names and all('4.png' in n for n in names)
     for i in range(1, 12): (tmp_path/f'{i}.png').write_bytes(b'')
-    with pytest.raises(ValueError, match='no picture can be read'): made(PseudoLabels(tmp_path, dict(images=data.images, annotations=[], categories=[])), **VIEWS)[0]
+    with pytest.raises(ValueError, match='no image can be read'): made(PseudoLabels(tmp_path, dict(images=data.images, annotations=[], categories=[])), **VIEWS)[0]
 
 
 def test_labels_of_another_size_are_refused(data, tmp_path):
     write_png(tmp_path/'1.png', np.zeros((5, 5, 3), np.uint8))
     with pytest.raises(ValueError, match='1.png is 5 x 5'): PseudoLabels(tmp_path, dict(images=data.images[:1], annotations=[], categories=[]), tmp_path/'stuff')[0]
-    with pytest.raises(ValueError, match='no picture'): PseudoLabels(tmp_path, dict(images=data.images, annotations=[], categories=[]), skip_empty=True)
+    with pytest.raises(ValueError, match='no image'): PseudoLabels(tmp_path, dict(images=data.images, annotations=[], categories=[]), skip_empty=True)
 
 
 @pytest.mark.parametrize('bad,match', [(dict(copy_paste='mixup'), 'mixup'), (dict(batch_size=0), 'at least 1')])
@@ -445,11 +445,11 @@ def test_detections_become_annotations_and_resume(data, tmp_path):
 
 def test_decoded_pictures_are_kept_up_to_a_bound(data, monkeypatch):
     whole = [data[i] for i in range(len(data))]
-    assert len(data.kept) == len(data)
-    small = copy.copy(data); small.kept = Kept()
+    assert len(data.cache) == len(data)
+    small = copy.copy(data); small.cache = Cache()
     monkeypatch.setattr(batches, 'CACHE', 5 * 20 * 28 * 4)               # bytes of five pictures and their stuff
     for _ in range(2): again = [small[i] for i in range(len(small))]
-    assert len(small.kept) == 5
+    assert len(small.cache) == 5
     for (a, s), (b, t) in zip(whole, again): assert torch.equal(a, b) and all(torch.equal(s[k], t[k]) for k in s)
 
 
@@ -482,3 +482,31 @@ def test_every_field_of_the_solver_makes_another_recipe(data, change):
     fields = {k: v for k, v in RECIPE.items() if k != 'log_every'} | dict(batch_size=4)
     key = lambda **over: train._recipe(Tiny(), made(data, **VIEWS), Solver(**fields | over), over.get('amp'))
     assert key(**change) != key() == key(checkpoint_period=9)
+
+
+ON_A_GPU_MACHINE = '''
+import functools, os, sys, torch
+torch.cuda.is_available = lambda: True
+from u2seg.train import launch
+def work(net, folder): open(os.path.join(folder, os.environ.get('RANK', 'caller')), 'w').close()
+if __name__ == '__main__': launch(functools.partial(work, torch.nn.Linear(1, 1), sys.argv[1]), 2)
+'''
+
+def test_a_network_on_the_cpu_of_a_machine_with_a_gpu_is_trained_by_processes(tmp_path):
+    "launch asks where the network lies, not what the machine has."
+    (tmp_path/'script.py').write_text(ON_A_GPU_MACHINE)
+    (tmp_path/'ran').mkdir()
+    subprocess.run([sys.executable, tmp_path/'script.py', tmp_path/'ran'], check=True)
+    assert sorted(f.name for f in (tmp_path/'ran').iterdir()) == ['0', '1', 'caller']
+
+
+def test_loader_processes_may_open_all_files_that_the_system_allows(data):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        share = train._Share(made(data, **VIEWS), 0, 1, 1)
+        train._loader(share, 0, 1, 0)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 256           # without processes nothing is changed
+        train._loader(share, 0, 1, 1)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == hard
+    finally: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

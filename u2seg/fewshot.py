@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from .augment import Augment, masks_to_boxes
 from .baselines import predict_methods
-from .batches import Batches, Kept
+from .batches import Batches, Cache
 from .checkpoints import load_weights
 from .coco import read_panoptic
 from .evaluate import Mapping, score
@@ -88,14 +88,14 @@ class LabelledImages(Dataset):
         self.labels = [torch.tensor([self.things.index(s['category_id']) for s in x], dtype=torch.long) for x in self.segments]
         self.images = [im for _, _, im in self.items]
         self.sizes = [(im['height'], im['width']) for im in self.images]
-        self.kept = Kept()
+        self.cache = Cache()
 
     def _is_object(self, s): return s['category_id'] in self.things and not s.get('iscrowd')
 
     def __len__(self): return len(self.items)
 
     def __getitem__(self, i):
-        image, ids = self._pixels(i)
+        image, ids = self.cache.get(i, lambda: self._pixels(i))
         masks = torch.stack([ids == s['id'] for s in self.segments[i]]) if self.segments[i] else torch.zeros(0, *ids.shape, dtype=torch.bool)
         sem = torch.full(ids.shape, 255)
         for s in self.items[i][1]['segments_info']:
@@ -103,10 +103,9 @@ class LabelledImages(Dataset):
         return image, dict(boxes=masks_to_boxes(masks), labels=self.labels[i], masks=masks, sem=sem)
 
     def _pixels(self, i):
-        if i in self.kept: return self.kept[i]
         truth, a, im = self.items[i]
         image = torch.from_numpy(read_image(self.root/im['file_name']).transpose(2, 0, 1).copy())
-        return self.kept.keep(i, (image, torch.from_numpy(truth.ids(a).astype(np.int32))))
+        return image, torch.from_numpy(truth.ids(a).astype(np.int32))
 
 # %% ../nbs/80_fewshot.ipynb #few_shot
 HEADS = 'backbone.fpn_', 'proposal_generator.', 'roi_heads.', 'sem_seg_head.'     # all but the backbone

@@ -12,6 +12,7 @@ import hashlib
 import io
 import math
 import os
+import resource
 import signal
 import tempfile
 import threading
@@ -51,21 +52,26 @@ def _leave(number):
 
 # %% ../nbs/44_train.ipynb #checkpoint
 def _save(path, state):
-    out = io.BytesIO(); torch.save(state, out)
+    out = io.BytesIO()
+    torch.save(state, out)
     write_atomic(path, out.getvalue())
 
 def _load(path, key):
     "The checkpoint at `path`, if it is of this recipe; tensors on the CPU, nothing executed."
     try: state = torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError: return None
-    except Exception as e: raise ValueError(f'{path}: not a readable checkpoint ({type(e).__name__}); delete it to start anew') from None
+    except Exception as e:
+        raise ValueError(f'{path}: not a readable checkpoint ({type(e).__name__}); delete it to start anew') from None
     if state['key'] == key: return state
-    with suppress(FileNotFoundError): os.replace(path, path.with_name('checkpoint.previous.pt'))   # of another recipe: kept, not continued; once, of several processes
+    with suppress(FileNotFoundError):                   # of another recipe: set aside, by one of the processes
+        os.replace(path, path.with_name('checkpoint.previous.pt'))
 
 def write_log(path:str|Path, rows:list[dict]):
     "Write the log as CSV."
     out = io.StringIO(newline='')
-    writer = csv.DictWriter(out, list(rows[0]), lineterminator='\n'); writer.writeheader(); writer.writerows(rows)
+    writer = csv.DictWriter(out, list(rows[0]), lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(rows)
     write_atomic(path, out.getvalue().encode())
 
 # %% ../nbs/44_train.ipynb #board
@@ -82,89 +88,113 @@ def _board(folder, first):
 class _Run:
     "What changes during training: weights, optimizer, averages, log."
     def __init__(self, model, solver, amp):
-        groups = parameter_groups(model, weight_decay=solver.weight_decay, cls_lr_multiplier=solver.cls_lr_multiplier)
-        self.model, self.solver, self.rows, self.window, self.next = model, solver, [], {}, 0
+        options = dict(weight_decay=solver.weight_decay, cls_lr_multiplier=solver.cls_lr_multiplier)
+        groups = parameter_groups(model, **options)
+        self.model, self.solver = model, solver
+        self.next, self.rows, self.window = 0, [], {}
         self.parameters = [p for g in groups for p in g['params']]
-        if solver.optimizer == 'sgd': self.optimizer = torch.optim.SGD(groups, lr=solver.lr, momentum=solver.sgd_momentum)
-        else: self.optimizer = torch.optim.AdamW(groups, lr=solver.lr)
+        if solver.optimizer == 'adamw': self.optimizer = torch.optim.AdamW(groups, lr=solver.lr)
+        else: self.optimizer = torch.optim.SGD(groups, lr=solver.lr, momentum=solver.sgd_momentum)
         self.scaler = torch.amp.GradScaler(self.parameters[0].device.type, enabled=amp == 'fp16')
         self.mean = [p.detach().clone() for p in self.parameters] if solver.ema_decay else []
-
-    def state(self):
-        return dict(next=self.next, model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
-                    mean=self.mean, rows=self.rows, window=self.window)
-
-    def restore(self, state):
-        self.model.load_state_dict(state['model']); self.optimizer.load_state_dict(state['optimizer']); self.scaler.load_state_dict(state['scaler'])
-        self.next, self.rows, self.window = state['next'], state['rows'], state['window']
-        for m, s in zip(self.mean, state['mean']): m.copy_(s)
-
-    def note(self, i, lr, losses, close):
-        "Add to the log's window; close the window into a row."
-        for k, v in losses.items(): self.window.setdefault(k, []).append(v)
-        if not close: return
-        means = {k: sum(v) / len(v) for k, v in self.window.items()}
-        self.rows.append(dict(iteration=i + 1, lr=lr, loss=sum(means.values()), **means)); self.window = {}
 
     @torch.no_grad()
     def average(self):
         if not self.mean: return
-        decay = min(self.solver.ema_decay, (1 + self.next) / (10 + self.next))
+        decay = min(self.solver.ema_decay, (1 + self.next)/(10 + self.next))
         torch._foreach_lerp_(self.mean, [p.detach() for p in self.parameters], 1 - decay)
 
     @torch.no_grad()
     def use_average(self):
         for p, m in zip(self.parameters, self.mean): p.copy_(m)
 
+# %% ../nbs/44_train.ipynb #log
+def _log(run, i, lr, losses, close):
+    "Add losses to the log's window; close the window into a row."
+    for k, v in losses.items(): run.window.setdefault(k, []).append(v)
+    if not close: return
+    means = {k: sum(v)/len(v) for k, v in run.window.items()}
+    run.rows.append(dict(iteration=i + 1, lr=lr, loss=sum(means.values()), **means))
+    run.window = {}
+
+def _state(run):
+    return dict(next=run.next, model=run.model.state_dict(), optimizer=run.optimizer.state_dict(),
+                scaler=run.scaler.state_dict(), mean=run.mean, rows=run.rows, window=run.window)
+
+def _restore(run, state):
+    run.model.load_state_dict(state['model'])
+    run.optimizer.load_state_dict(state['optimizer'])
+    run.scaler.load_state_dict(state['scaler'])
+    run.next, run.rows, run.window = state['next'], state['rows'], state['window']
+    for m, s in zip(run.mean, state['mean']): m.copy_(s)
+
 # %% ../nbs/44_train.ipynb #share
 class _Share(Dataset):
-    "One process' share of each batch, as `accumulate` parts."
-    def __init__(self, batches, rank, world, accumulate): self.batches, self.rank, self.world, self.accumulate = batches, rank, world, accumulate
+    "One process' slice of each batch, as `accumulate` parts."
+    def __init__(self, batches, rank, world, accumulate):
+        self.batches, self.accumulate = batches, accumulate
+        self.rank, self.world = rank, world
     def __getitem__(self, i):
-        return [self.batches.part(i, self.rank * self.accumulate + j, self.world * self.accumulate) for j in range(self.accumulate)]
+        n, first = self.world*self.accumulate, self.rank*self.accumulate
+        return [self.batches.part(i, first + j, n) for j in range(self.accumulate)]
 
 def _loader(share, start, n_iters, n_workers):
+    if n_workers: _allow_open_files()
     threads = dict(worker_init_fn=_one_thread) if n_workers else {}
     return DataLoader(share, batch_size=None, sampler=range(start, n_iters), num_workers=n_workers, **threads)
 
 def _one_thread(worker): torch.set_num_threads(1)
 
+def _allow_open_files():
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with suppress(ValueError, OSError): resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))   # some systems refuse
+
 # %% ../nbs/44_train.ipynb #forward
+AMP = {None: torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
+
 def _to(device, images, targets):
-    return [im.to(device, non_blocking=True).float() for im in images], [{k: v if k == 'seed' else v.to(device, non_blocking=True) for k, v in t.items()} for t in targets]
+    images = [im.to(device, non_blocking=True).float() for im in images]
+    move = lambda k, v: v if k == 'seed' else v.to(device, non_blocking=True)
+    return images, [{k: move(k, v) for k, v in t.items()} for t in targets]
 
 def _backward(net, run, parts, seeds, weights, amp, device):
-    "Losses of one process' share, averaged over its parts; their gradients are left in the parameters."
-    total = {}
+    "Losses of one process, averaged over its parts; their gradients are left in the parameters."
+    total, n = {}, len(parts)
     for j, ((images, targets, _), seed) in enumerate(zip(parts, seeds)):
         torch.manual_seed(seed)
-        last = j == len(parts) - 1
-        with nullcontext() if last or not hasattr(net, 'no_sync') else net.no_sync():
-            with torch.autocast(device.type, AMP[amp], enabled=amp is not None): losses = net(*_to(device, images, targets))
-            losses = {k: v * next((w for name, w in weights.items() if k.startswith(name)), 1) for k, v in losses.items()}
-            run.scaler.scale(sum(losses.values()) / len(parts)).backward()
-        for k, v in losses.items(): total[k] = total.get(k, 0) + v.detach().float() / len(parts)
+        waits = j < n - 1 and hasattr(net, 'no_sync')               # DDP sends gradients with the last part
+        with net.no_sync() if waits else nullcontext():
+            with torch.autocast(device.type, AMP[amp], enabled=amp is not None):
+                losses = net(*_to(device, images, targets))
+            losses = {k: v*_weight(k, weights) for k, v in losses.items()}
+            run.scaler.scale(sum(losses.values())/n).backward()
+        for k, v in losses.items(): total[k] = total.get(k, 0) + v.detach().float()/n
     return total
 
-AMP = {None: torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
+def _weight(name, weights): return next((w for start, w in weights.items() if name.startswith(start)), 1)
 
 # %% ../nbs/44_train.ipynb #agree
 def _agree(losses, asked, world):
     "Mean losses over the processes, and the signal that any of them got (0: none)."
-    flat = torch.stack([*losses.values(), torch.tensor(float(asked[0]) if asked else 0.).to(next(iter(losses.values())))])
+    signal_got = torch.tensor(float(asked[0]) if asked else 0.).to(next(iter(losses.values())))
+    flat = torch.stack([*losses.values(), signal_got])
     if world > 1:
         signals = flat[-1:].clone()
-        dist.all_reduce(flat); dist.all_reduce(signals, op=dist.ReduceOp.MAX)
-        flat = torch.cat([flat[:-1] / world, signals])
+        dist.all_reduce(flat)
+        dist.all_reduce(signals, op=dist.ReduceOp.MAX)
+        flat = torch.cat([flat[:-1]/world, signals])
     values = flat.tolist()
     return dict(zip(losses, values)), int(values[-1])
 
 def _average_gradients(parameters, world):
     "Mean gradients over the processes; a parameter unused in all of them keeps none."
-    flat = torch.cat([*(p.new_zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in parameters), torch.tensor([float(p.grad is not None) for p in parameters])])
+    grads = [p.new_zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in parameters]
+    flat = torch.cat([*grads, torch.tensor([float(p.grad is not None) for p in parameters])])
     dist.all_reduce(flat)
-    used = flat[-len(parameters):].tolist()
-    for p, g, u in zip(parameters, (flat[:-len(parameters)] / world).split([p.numel() for p in parameters]), used): p.grad = g.view_as(p) if u else None
+    n = len(parameters)
+    used = flat[-n:].tolist()
+    means = (flat[:-n]/world).split([p.numel() for p in parameters])
+    for p, g, u in zip(parameters, means, used): p.grad = g.view_as(p) if u else None
 
 def _processes(device):
     "(rank, world) of this process, whose work lies on `device`; joins torchrun's group if there is one."
@@ -174,35 +204,76 @@ def _processes(device):
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
     return (dist.get_rank(), dist.get_world_size()) if world > 1 else (0, 1)
 
-# %% ../nbs/44_train.ipynb #fit
-def fit(model:nn.Module,   # `model(images, targets) -> {name: loss}` in training mode
-        batches:Batches,
-        solver:Solver,
-        *, folder:str|Path, # gets checkpoint.pt and log.csv
-        log_every:int=20, n_workers:int=0, # loader processes; they change speed alone
-        )->list[dict]:     # rows of the log: iteration, lr, losses (means since the row before)
-    "Train in place; killed at any moment and called again, it ends with the same weights."
-    folder, device = Path(folder), next(model.parameters()).device
-    rank, world = _processes(device)
-    amp = solver.amp
-    able = device.type != 'cpu' or arithmetic() == 'fast' and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if amp == 'bf16' and not able:
-        amp = None; tqdm.write('not every CPU computes in bfloat16: training in float32')
-    run, key = _Run(model, solver, amp), _recipe(model, batches, solver, amp)
-    share, state = _Share(batches, rank, world, solver.accumulate), _load(folder/'checkpoint.pt', key)
-    if state: run.restore(state)
-    if state and state['finished']: return run.rows
-    with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []), _asked_to_stop() as asked:
-        model.train()
-        _iterate(run, share, asked, folder=folder, key=key, amp=amp, log_every=log_every, n_workers=n_workers)
-        run.use_average()
-        _settle_bn(run, share, solver.n_iters, solver.precise_bn)
-        if rank == 0: _save(folder/'checkpoint.pt', dict(run.state(), key=key, finished=True))
-    return run.rows
+# %% ../nbs/44_train.ipynb #step
+def _step(run, i, losses, folder):
+    "One step of the optimizer; `FloatingPointError` if anything is not finite."
+    there = (folder/'checkpoint.pt').exists()
+    kept = f'the last good checkpoint is kept in {folder}' if there else 'there was no checkpoint yet'
+    for name, value in losses.items():
+        if not math.isfinite(value): raise FloatingPointError(f'{name} is {value} at iteration {i}; {kept}')
+    run.scaler.unscale_(run.optimizer)
+    norm = float(clip_gradients(run.parameters, clip_type=run.solver.clip_type, clip_value=run.solver.clip_value))
+    if not math.isfinite(norm) and not run.scaler.is_enabled():
+        raise FloatingPointError(f'the gradient is {norm} at iteration {i}; {kept}')
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.next = i + 1
+    run.average()
+
+# %% ../nbs/44_train.ipynb #iterate
+def _iterate(run, share, asked, *, folder, key, amp, log_every, n_workers):
+    "The iterations from `run.next` on."
+    solver, n_iters = run.solver, run.solver.n_iters
+    device, first = run.parameters[0].device, share.rank == 0
+    several, net = share.world > 1, run.model
+    if several and device.type == 'cuda': net = DistributedDataParallel(net, broadcast_buffers=False)
+    loader = _loader(share, run.next, n_iters, n_workers)
+    bar = tqdm(total=n_iters, initial=run.next, desc='training', unit='it', disable=not first)
+    with _board(folder, first) as board, bar:
+        for i, parts in zip(range(run.next, n_iters), loader):
+            lr = solver.lr*lr_factor(i, solver)
+            for g in run.optimizer.param_groups: g['lr'] = lr*g['multiplier']
+            for name in sorted(set(sum((p[2] for p in parts), []))): tqdm.write(f'left out: {name}')
+            run.optimizer.zero_grad()
+            seeds = [_seed(share.batches.seed, i, share.rank, j) for j in range(len(parts))]
+            losses = _backward(net, run, parts, seeds, solver.loss_weights, amp, device)
+            if several and net is run.model: _average_gradients(run.parameters, share.world)
+            losses, signalled = _agree(losses, asked, share.world)
+            _step(run, i, losses, folder)
+            _log(run, i, lr, losses, i + 1 == n_iters or (i + 1) % log_every == 0)
+            if board and not run.window: _write_board(board, run.rows[-1])
+            due = signalled or i + 1 == n_iters or (i + 1) % solver.checkpoint_period == 0
+            if first and due: _write(folder, run, key)
+            bar.update()
+            bar.set_postfix(loss=f'{sum(losses.values()):.3f}', refresh=False)
+            if signalled: _leave(signalled)
+
+# %% ../nbs/44_train.ipynb #write
+def _write(folder, run, key):
+    _save(folder/'checkpoint.pt', dict(_state(run), key=key, finished=False))
+    if run.rows: write_log(folder/'log.csv', run.rows)
+
+def _write_board(board, row):
+    for k, v in row.items():
+        if k != 'iteration': board.add_scalar(k, v, row['iteration'])
+
+def _settle_bn(run, share, n_iters, n):
+    "BatchNorm's statistics after training, the same in all processes."
+    device, numbers = run.parameters[0].device, iter(range(n_iters, n_iters + n))
+    def feed():
+        i = next(numbers)
+        torch.manual_seed(_seed(share.batches.seed, i, share.rank))
+        run.model(*_to(device, *share.batches.part(i, share.rank, share.world)[:2]))
+    precise_bn(run.model, feed, n)
+    if share.world == 1: return
+    for b in run.model.buffers():
+        if not b.is_floating_point(): continue
+        dist.all_reduce(b)
+        b /= share.world
 
 # %% ../nbs/44_train.ipynb #recipe
 def _recipe(model, batches, solver, amp):
-    "Digest of all that shapes the result: first weights, data, solver, augmentation. The number of processes is left free."
+    "Digest of all that shapes the result: initial weights, data, solver, augmentation."
     d = batches.dataset
     shapes = replace(solver, checkpoint_period=1), amp, batches.augment, batches.seed, batches.batch_size, d.sizes
     digest = hashlib.sha256(repr(shapes).encode())
@@ -210,67 +281,44 @@ def _recipe(model, batches, solver, amp):
     for x in (*getattr(d, 'images', ()), *getattr(d, 'rles', ())): digest.update(repr(x).encode())
     return digest.hexdigest()
 
-# %% ../nbs/44_train.ipynb #iterate
-def _iterate(run, share, asked, *, folder, key, amp, log_every, n_workers):
-    "The iterations from `run.next` on."
-    solver, n_iters = run.solver, run.solver.n_iters
-    device, first = run.parameters[0].device, share.rank == 0
-    net = DistributedDataParallel(run.model, broadcast_buffers=False) if share.world > 1 and device.type == 'cuda' else run.model
-    with _board(folder, first) as board, tqdm(total=n_iters, initial=run.next, desc='training', unit='it', disable=not first) as bar:
-        for i, parts in zip(range(run.next, n_iters), _loader(share, run.next, n_iters, n_workers)):
-            lr = solver.lr * lr_factor(i, solver)
-            for g in run.optimizer.param_groups: g['lr'] = lr * g['multiplier']
-            for name in sorted(set(sum((p[2] for p in parts), []))): tqdm.write(f'left out: {name}')
-            run.optimizer.zero_grad()
-            seeds = [_seed(share.batches.seed, i, share.rank, j) for j in range(len(parts))]
-            losses = _backward(net, run, parts, seeds, solver.loss_weights, amp, device)
-            if share.world > 1 and net is run.model: _average_gradients(run.parameters, share.world)
-            losses, signalled = _agree(losses, asked, share.world)
-            _step(run, i, losses, folder)
-            run.note(i, lr, losses, i + 1 == n_iters or (i + 1) % log_every == 0)
-            if board and not run.window: [board.add_scalar(k, v, i + 1) for k, v in run.rows[-1].items() if k != 'iteration']
-            if first and (signalled or i + 1 == n_iters or (i + 1) % solver.checkpoint_period == 0):
-                _save(folder/'checkpoint.pt', dict(run.state(), key=key, finished=False))
-                if run.rows: write_log(folder/'log.csv', run.rows)
-            bar.update(); bar.set_postfix(loss=f'{sum(losses.values()):.3f}', refresh=False)
-            if signalled: _leave(signalled)
-
-def _step(run, i, losses, folder):
-    "One step of the optimizer; `FloatingPointError` if anything is not finite."
-    kept = f'the last good checkpoint is kept in {folder}' if (folder/'checkpoint.pt').exists() else 'there was no checkpoint yet'
-    for name, value in losses.items():
-        if not math.isfinite(value): raise FloatingPointError(f'{name} is {value} at iteration {i}; {kept}')
-    run.scaler.unscale_(run.optimizer)
-    norm = float(clip_gradients(run.parameters, clip_type=run.solver.clip_type, clip_value=run.solver.clip_value))
-    if not math.isfinite(norm) and not run.scaler.is_enabled(): raise FloatingPointError(f'the gradient is {norm} at iteration {i}; {kept}')
-    run.scaler.step(run.optimizer); run.scaler.update()
-    run.next = i + 1
-    run.average()
-
-# %% ../nbs/44_train.ipynb #settle_bn
-def _settle_bn(run, share, n_iters, n):
-    "BatchNorm's statistics after training, the same in all processes."
-    numbers, device = iter(range(n_iters, n_iters + n)), run.parameters[0].device
-    def feed():
-        i = next(numbers)
-        torch.manual_seed(_seed(share.batches.seed, i, share.rank))
-        run.model(*_to(device, *share.batches.part(i, share.rank, share.world)[:2]))
-    precise_bn(run.model, feed, n)
-    if share.world > 1:
-        for b in run.model.buffers():
-            if not b.is_floating_point(): continue
-            dist.all_reduce(b); b /= share.world
+# %% ../nbs/44_train.ipynb #fit
+def fit(model:nn.Module,   # `model(images, targets) -> {name: loss}` in training mode
+        batches:Batches,
+        solver:Solver,
+        *, folder:str|Path, # gets checkpoint.pt and log.csv
+        log_every:int=20,   # iterations
+        n_workers:int=0,    # loader processes; they change speed alone
+        )->list[dict]:     # rows of the log: iteration, lr, losses (means since the row before)
+    "Train in place; killed at any moment and called again, it ends with the same weights."
+    folder, device, amp = Path(folder), next(model.parameters()).device, solver.amp
+    rank, world = _processes(device)
+    able = device.type != 'cpu' or arithmetic() == 'fast' and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if amp == 'bf16' and not able:
+        tqdm.write('not every CPU computes in bfloat16: training in float32')
+        amp = None
+    run, key = _Run(model, solver, amp), _recipe(model, batches, solver, amp)
+    share, state = _Share(batches, rank, world, solver.accumulate), _load(folder/'checkpoint.pt', key)
+    if state: _restore(run, state)
+    if state and state['finished']: return run.rows
+    with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []), _asked_to_stop() as asked:
+        model.train()
+        _iterate(run, share, asked, folder=folder, key=key, amp=amp, log_every=log_every, n_workers=n_workers)
+        run.use_average()
+        _settle_bn(run, share, solver.n_iters, solver.precise_bn)
+        if rank == 0: _save(folder/'checkpoint.pt', dict(_state(run), key=key, finished=True))
+    return run.rows
 
 # %% ../nbs/44_train.ipynb #launch
-def launch(work:Callable, # picklable, e.g. a `functools.partial` of `fit` or `detect`
-           n_procs:int,   # 1, or a GPU: just call it
+def launch(work:Callable, # picklable, e.g. a `functools.partial` of `fit` or `detect` with its network
+           n_procs:int,   # processes on the CPU; 1, or a network on a GPU: just call it
            ):             # what `work()` returns in this process
     "Run `work` in n processes of one group, then here; under torchrun, which has started them already, just run it."
     if n_procs < 1: raise ValueError(f'n_procs must be at least 1, got {n_procs}')
-    if n_procs == 1 or 'WORLD_SIZE' in os.environ or torch.cuda.is_available(): return work()
+    if n_procs == 1 or 'WORLD_SIZE' in os.environ or _on_gpu(work): return work()
     with tempfile.TemporaryDirectory() as folder, _asked_to_stop() as asked:
         threads = max(torch.get_num_threads() // n_procs, 1)
-        group = torch.multiprocessing.start_processes(_member, (n_procs, folder, threads, work), n_procs, join=False, start_method='spawn')
+        arguments = n_procs, folder, threads, work
+        group = torch.multiprocessing.start_processes(_member, arguments, n_procs, join=False, start_method='spawn')
         while not group.join(timeout=.5):
             if not asked: continue
             for p in group.processes: p.terminate()
@@ -278,8 +326,14 @@ def launch(work:Callable, # picklable, e.g. a `functools.partial` of `fit` or `d
             _leave(asked[0])
     return work()
 
+def _on_gpu(work):
+    "Whether a network among the arguments of a `functools.partial` lies on a GPU."
+    arguments = *getattr(work, 'args', ()), *getattr(work, 'keywords', {}).values()
+    networks = [x for x in arguments if isinstance(x, nn.Module)]
+    return any(p.device.type == 'cuda' for net in networks for p in net.parameters())
+
 def _member(rank, n, folder, threads, work):
-    work = copy.deepcopy(work)                          # tensors arrive in memory that all processes share; each trains its own
+    work = copy.deepcopy(work)          # tensors arrive in memory that all processes share; each trains its own
     torch.set_num_threads(threads)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(n), LOCAL_RANK=str(rank))
     dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=n)
