@@ -64,14 +64,26 @@ def few_shot_jobs(out:str|Path,        # folder of the earlier stages
     out = Path(out)
     cutler = str(out/'cutler'/'model.safetensors')
     weights = dict(u2seg=str(out/'train'/'model.safetensors'), cutler=cutler, backbone=cutler, random=None)
-    runs = itertools.product(zip(percents, n_iters), inits, seeds)
-    return [dict(init=i, weights=weights[i], percent=p, seed=s, n_iters=n, trunk=i == 'backbone') for (p, n), i, s in runs]
+    return [dict(init=i, weights=weights[i], percent=p, seed=s, n_iters=n, trunk=i == 'backbone')
+            for (p, n), i, s in itertools.product(zip(percents, n_iters), inits, seeds)]
 
 def can_fine_tune(root:str|Path, train:list[str], val:list[str])->bool:
     "Whether every split has panoptic annotations of things and stuff."
     files = [annotation_file(root, s) for s in [*train, *val]]
     if not train or not val or not all(f.exists() and f.name.startswith('panoptic') for f in files): return False
     return all({c['isthing'] for c in read_panoptic(f)['categories']} == {0, 1} for f in files)
+
+# %% ../nbs/80_fewshot.ipynb #targets
+def _is_object(segment, things): return segment['category_id'] in things and not segment.get('iscrowd')
+
+def _targets(ids, segments, things, stuff): # of one image: boxes, labels, masks, sem
+    objects = [s for s in segments if _is_object(s, things)]
+    masks = torch.zeros(len(objects), *ids.shape, dtype=torch.bool)
+    for mask, s in zip(masks, objects): mask[:] = ids == s['id']
+    sem = torch.full(ids.shape, 255)
+    for s in segments: sem[ids == s['id']] = 0 if s['category_id'] in things else 1 + stuff.index(s['category_id'])
+    labels = torch.tensor([things.index(s['category_id']) for s in objects], dtype=torch.long)
+    return dict(boxes=masks_to_boxes(masks), labels=labels, masks=masks, sem=sem)
 
 # %% ../nbs/80_fewshot.ipynb #LabelledImages
 class LabelledImages(Dataset):
@@ -84,23 +96,20 @@ class LabelledImages(Dataset):
                 raise ValueError(f'{t.split}: its categories differ from those of {truths[0].split}')
         items = [(t, a, im) for t in truths for a, im in zip(t.panoptic['annotations'], t.images)]
         self.items = items if numbers is None else [items[i] for i in numbers]
-        self.segments = [[s for s in a['segments_info'] if self._is_object(s)] for _, a, _ in self.items]
-        self.labels = [torch.tensor([self.things.index(s['category_id']) for s in x], dtype=torch.long) for x in self.segments]
         self.images = [im for _, _, im in self.items]
         self.sizes = [(im['height'], im['width']) for im in self.images]
+        self.labels = [self._classes(a) for _, a, _ in self.items]
         self.cache = Cache()
 
-    def _is_object(self, s): return s['category_id'] in self.things and not s.get('iscrowd')
+    def _classes(self, annotation):
+        objects = [s for s in annotation['segments_info'] if _is_object(s, self.things)]
+        return torch.tensor([self.things.index(s['category_id']) for s in objects], dtype=torch.long)
 
     def __len__(self): return len(self.items)
 
     def __getitem__(self, i):
         image, ids = self.cache.get(i, lambda: self._pixels(i))
-        masks = torch.stack([ids == s['id'] for s in self.segments[i]]) if self.segments[i] else torch.zeros(0, *ids.shape, dtype=torch.bool)
-        sem = torch.full(ids.shape, 255)
-        for s in self.items[i][1]['segments_info']:
-            sem[ids == s['id']] = 0 if s['category_id'] in self.things else 1 + self.stuff.index(s['category_id'])
-        return image, dict(boxes=masks_to_boxes(masks), labels=self.labels[i], masks=masks, sem=sem)
+        return image, _targets(ids, self.items[i][1]['segments_info'], self.things, self.stuff)
 
     def _pixels(self, i):
         truth, a, im = self.items[i]
@@ -127,7 +136,8 @@ def few_shot(job:dict, # of `few_shot_jobs`
     data = _subset(root, train, job)
     model = _initial(config, data, job).to(own_device())
     solver = Solver(**solver, n_iters=job['n_iters'])
-    log = fit(model, Batches(data, augment, batch_size=solver.batch_size, seed=job['seed']), solver, folder=folder, n_workers=n_workers)
+    batches = Batches(data, augment, batch_size=solver.batch_size, seed=job['seed'])
+    log = fit(model, batches, solver, folder=folder, n_workers=n_workers)
     scores = _score(model, root, [sound(read_truth(root, s, n_images=n_val), root) for s in val], folder, key)
     result = dict(job, n_images=len(data), loss=log[-1]['loss'], **scores)
     write_json(path, dict(result, key=key))
@@ -144,17 +154,19 @@ def _initial(config, data, job):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job['seed'])
         model = build_model({**config, 'n_things': len(data.things), 'n_stuff': len(data.stuff)})
-    if job['weights']: load_weights(model, job['weights'], without=(*CLASS_LAYERS, *HEADS) if job.get('trunk') else CLASS_LAYERS)
+    without = (*CLASS_LAYERS, *HEADS) if job.get('trunk') else CLASS_LAYERS
+    if job['weights']: load_weights(model, job['weights'], without=without)
     return model
 
 def _score(model, root, truths, folder, key):
     "The mean scores over the splits."
     splits = {t.split: t.images for t in truths}
-    found = predict_methods(root, splits, model=model, parts=None, folder=folder, key=dict(run=key), batch_size=8, n_procs=1)
+    options = dict(parts=None, folder=folder, key=dict(run=key), batch_size=8, n_procs=1)
+    predictions = predict_methods(root, splits, model=model, **options)
     scores = []
     for t in truths:
         identity = Mapping(np.array(t.things), np.array(t.stuff), np.array(t.stuff))
-        scores.append(score(found[t.split]['U2Seg'], t, identity))
+        scores.append(score(predictions[t.split]['U2Seg'], t, identity))
     return {k: float(np.mean([s[k] for s in scores])) for k in scores[0]}
 
 # %% ../nbs/80_fewshot.ipynb #mean_scores
@@ -177,7 +189,8 @@ def nest(means:list[dict])->dict: # init -> percent -> scores
 
 def curve_figure(means:list[dict])->Picture: # of `mean_scores`
     "Scores over the percentage of the annotations."
-    fig, percents = Picture(figsize=(6, 2.2)), sorted({r['percent'] for r in means})
+    fig = Picture(figsize=(6, 2.2))
+    percents = sorted({r['percent'] for r in means})
     axes = fig.subplots(1, 2)
     for ax, k in zip(axes, ('mask_AP', 'PQ')):
         for i in dict.fromkeys(r['init'] for r in means):
