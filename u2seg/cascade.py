@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BoxHead', 'BoxPredictor', 'MaskHead', 'all_labels', 'label_regions', 'sample_regions', 'droploss_weights',
-           'process_weight', 'box_losses', 'mask_targets', 'choose', 'RoIHeads', 'cascade_losses', 'mask_loss',
+           'process_weight', 'box_losses', 'mask_targets', 'mask_loss', 'choose', 'RoIHeads', 'cascade_losses',
            'detections']
 
 # %% ../nbs/34_cascade.ipynb #imports
@@ -20,27 +20,27 @@ from .roialign import Pooler
 from .rpn import grouped_nms, nonempty
 
 # %% ../nbs/34_cascade.ipynb #BoxHead
-class _ScaleGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, scale): ctx.scale = scale; return x
-    @staticmethod
-    def backward(ctx, grad): return grad * ctx.scale, None
-
 class BoxHead(nn.Module):
-    "Two fully connected layers."
-    def __init__(self, c_in:int, dim:int):
+    "Two fully connected layers: [r, c, s, s] -> [r, dim]."
+    def __init__(self, c_in:int, dim:int): # c_in = c*s*s
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(c_in, dim), nn.Linear(dim, dim)
-        for m in (self.fc1, self.fc2): nn.init.kaiming_uniform_(m.weight, a=1); nn.init.zeros_(m.bias)
+        self.fc1 = nn.Linear(c_in, dim)
+        self.fc2 = nn.Linear(dim, dim)
+        for m in (self.fc1, self.fc2):
+            nn.init.kaiming_uniform_(m.weight, a=1)
+            nn.init.zeros_(m.bias)
 
     def forward(self, x): return F.relu_(self.fc2(F.relu_(self.fc1(x.flatten(1)))))
 
 class BoxPredictor(nn.Module):
-    "Logits of K classes and background (the last); one box for all classes."
+    "Logits [r, K + 1] of K classes and background (the last); one box [r, 4] for all classes."
     def __init__(self, dim:int, n_things:int):
         super().__init__()
-        self.cls_score, self.bbox_pred = nn.Linear(dim, n_things + 1), nn.Linear(dim, 4)
-        for m, std in (self.cls_score, .01), (self.bbox_pred, .001): nn.init.normal_(m.weight, std=std); nn.init.zeros_(m.bias)
+        self.cls_score = nn.Linear(dim, n_things + 1)
+        self.bbox_pred = nn.Linear(dim, 4)
+        for m, std in (self.cls_score, .01), (self.bbox_pred, .001):
+            nn.init.normal_(m.weight, std=std)
+            nn.init.zeros_(m.bias)
 
     def forward(self, x): return self.cls_score(x), self.bbox_pred(x)
 
@@ -50,45 +50,65 @@ class MaskHead(nn.Module):
     def __init__(self, c_in:int, dim:int, n_convs:int, n_things:int):
         super().__init__()
         self.convs = [f'mask_fcn{i + 1}' for i in range(n_convs)]
-        for i, n in enumerate(self.convs): self.add_module(n, Conv(dim if i else c_in, dim, 3, relu=True))
-        self.deconv, self.predictor = nn.ConvTranspose2d(dim if n_convs else c_in, dim, 2, 2), Conv(dim, n_things, 1)
-        nn.init.kaiming_normal_(self.deconv.weight, mode='fan_out', nonlinearity='relu'); nn.init.zeros_(self.deconv.bias)
+        for i, name in enumerate(self.convs): self.add_module(name, Conv(dim if i else c_in, dim, 3, relu=True))
+        self.deconv = nn.ConvTranspose2d(dim if n_convs else c_in, dim, 2, 2)
+        self.predictor = Conv(dim, n_things, 1)
+        nn.init.kaiming_normal_(self.deconv.weight, mode='fan_out', nonlinearity='relu')
+        nn.init.zeros_(self.deconv.bias)
         nn.init.normal_(self.predictor.weight, std=.001)
 
     def forward(self, x, labels): # [r, c, s, s], int64 [r] -> logits [r, 2 s, 2 s]
-        for n in self.convs: x = getattr(self, n)(x)
+        for name in self.convs: x = getattr(self, name)(x)
         x = F.relu_(self.deconv(x))
-        w, b = self.predictor.weight[:, :, 0, 0][labels], self.predictor.bias[labels]        # the channels asked for, no other
-        return torch.baddbmm(b[:, None, None], w[:, None], x.flatten(2)).view(len(x), *x.shape[2:])
+        weight = self.predictor.weight[:, :, 0, 0][labels]         # of the labels' channels only
+        bias = self.predictor.bias[labels]
+        return torch.baddbmm(bias[:, None, None], weight[:, None], x.flatten(2)).view(len(x), *x.shape[2:])
 
 # %% ../nbs/34_cascade.ipynb #label_regions
-def all_labels(targets:list[dict])->dict[str, Tensor]: # boxes [m, 4], labels [m], image [m]
-    "The labels of all pictures in one list."
-    return dict(boxes=torch.cat([t['boxes'] for t in targets]), labels=torch.cat([t['labels'] for t in targets]),
-                image=torch.cat([torch.full_like(t['labels'], i) for i, t in enumerate(targets)]))
+def _image_index(items)->Tensor: # int64 [sum of lengths]
+    "For every row of a list of tensors, one an image, the number of the image."
+    return torch.cat([torch.full((len(x),), i, device=x.device) for i, x in enumerate(items)])
 
-def label_regions(boxes:Tensor, image:Tensor, gt:dict, *, iou:float, n_things:int)->tuple[Tensor, Tensor]: # int64 [r] class, n_things = background; int64 [r] index into gt
+def all_labels(targets:list[dict])->dict[str, Tensor]: # boxes [m, 4], labels [m], image [m]
+    "The labels of all images in one list."
+    boxes, labels = ([t[key] for t in targets] for key in ('boxes', 'labels'))
+    return dict(boxes=torch.cat(boxes), labels=torch.cat(labels), image=_image_index(labels))
+
+def label_regions(boxes:Tensor, image:Tensor, # [r, 4] xyxy, int64 [r]
+                  gt:dict,      # see `all_labels`
+                  *, iou:float, # least, of an object
+                  n_things:int  # also the class of background
+                  )->tuple[Tensor, Tensor]: # int64 [r] class; int64 [r] index into gt
+    "The class of each region and the label that it overlaps most."
     best, index = match_regions(boxes, image, gt['boxes'], gt['image'])
     labels = torch.full_like(index, n_things)
-    return (torch.where(best >= iou, gt['labels'][index], labels) if len(gt['labels']) else labels), index
+    if len(gt['labels']): labels = torch.where(best >= iou, gt['labels'][index], labels)
+    return labels, index
 
 # %% ../nbs/34_cascade.ipynb #sample_regions
 @torch.no_grad()
-def sample_regions(proposals:list[Tensor], targets:list[dict], gt:dict, *, iou:float, n_things:int, batch:int, positive:float)->tuple: # boxes [r, 4], image, labels, index [r]
-    "Proposals and labels' own boxes, labelled, and `batch` of them a picture."
+def sample_regions(proposals:list[Tensor], # [p, 4] xyxy of each image
+                   targets:list[dict],     # {boxes, labels, seed (optional)} of each image
+                   gt:dict,                # the same labels, see `all_labels`
+                   *, iou:float, n_things:int, # see `label_regions`
+                   batch:int, positive:float # regions an image, fraction of objects among them, at most
+                   )->tuple: # boxes [r, 4], image, labels, index [r]
+    "Proposals and labels' own boxes, labelled, and `batch` of them an image."
     each = [torch.cat([p, t['boxes']]) for p, t in zip(proposals, targets)]
-    boxes, image = torch.cat(each), torch.cat([torch.full((len(p),), i, device=p.device) for i, p in enumerate(each)])
+    boxes = torch.cat(each)
+    image = _image_index(each)
     labels, index = label_regions(boxes, image, gt, iou=iou, n_things=n_things)
+    objects = (labels < n_things).split([len(p) for p in each])
     chosen, start = [], 0
-    for fore, t in zip((labels < n_things).split([len(p) for p in each]), targets):
-        chosen += [c + start for c in sample(fore, ~fore, random_keys(len(fore), t.get('seed'), boxes.device), n=batch, fraction=positive)]
-        start += len(fore)
+    for is_object, t in zip(objects, targets):
+        keys = random_keys(len(is_object), t.get('seed'), boxes.device)
+        chosen += [c + start for c in sample(is_object, ~is_object, keys, n=batch, fraction=positive)]
+        start += len(is_object)
     chosen = torch.cat(chosen)
     return boxes[chosen], image[chosen], labels[chosen], index[chosen]
 
 # %% ../nbs/34_cascade.ipynb #droploss_weights
-def droploss_weights(moved:Tensor, # [r, 4] predicted boxes, without gradient
-                     image:Tensor, # int64 [r]
+def droploss_weights(moved:Tensor, image:Tensor, # [r, 4] predicted boxes without gradient, int64 [r]
                      gt:dict,      # see `all_labels`
                      droploss:float # least IoU; 0 = off
                      )->Tensor|float: # float [r]
@@ -102,41 +122,67 @@ def process_weight(n:int|Tensor, device:torch.device)->Tensor|float: # scalar; 1
     "A process' count over the mean count of all."
     if not (dist.is_initialized() and dist.get_world_size() > 1): return 1.
     own = torch.as_tensor(n, dtype=torch.float, device=device)
-    total = own.clone(); dist.all_reduce(total)
-    return own * dist.get_world_size() / total.clamp(min=1)
+    total = own.clone()
+    dist.all_reduce(total)
+    return own*dist.get_world_size() / total.clamp(min=1)
 
 # %% ../nbs/34_cascade.ipynb #box_losses
-def box_losses(logits:Tensor, deltas:Tensor, boxes:Tensor, labels:Tensor, goals:Tensor, # [r, K + 1], [r, 4], [r, 4], int64 [r], [r, 4] each region's label's box
-               *, weights:list, keep:Tensor|float)->tuple[Tensor, Tensor]: # class loss, box loss
-    fore, n, share = (labels < logits.shape[1] - 1).nonzero()[:, 0], max(len(labels), 1), process_weight(len(labels), logits.device)
-    return ((F.cross_entropy(logits, labels, reduction='none') * keep).sum() / n * share,
-            (deltas[fore] - encode_boxes(boxes[fore], goals[fore], weights)).abs().sum() / n * share)
+def box_losses(logits:Tensor, deltas:Tensor, # [r, K + 1], [r, 4]
+               boxes:Tensor, labels:Tensor, # [r, 4] xyxy, int64 [r] with K = background
+               goals:Tensor,  # [r, 4] xyxy, the box of each region's label
+               *, weights:list, # of the deltas, see `encode_boxes`
+               keep:Tensor|float # [r], see `droploss_weights`
+               )->tuple[Tensor, Tensor]: # class loss, box loss
+    "Cross entropy of all regions and L1 of the objects, both over the number of regions."
+    objects = (labels < logits.shape[1] - 1).nonzero()[:, 0]
+    n = max(len(labels), 1)
+    scale = process_weight(len(labels), logits.device)
+    classes = F.cross_entropy(logits, labels, reduction='none')*keep
+    offsets = (deltas[objects] - encode_boxes(boxes[objects], goals[objects], weights)).abs()
+    return classes.sum() / n*scale, offsets.sum() / n*scale
 
 # %% ../nbs/34_cascade.ipynb #mask_targets
 @torch.no_grad()
-def mask_targets(targets, boxes, image, index, size)->Tensor: # float [r, size, size]
+def mask_targets(targets:list[dict], # {boxes, masks bool [m, H, W]} of each image
+                 boxes:Tensor, image:Tensor, index:Tensor, # [r, 4] xyxy, int64 [r], int64 [r] into all labels
+                 size:int)->Tensor:  # float [r, size, size]
     "Each region's label mask, cut out and resized by RoIAlign, at one half."
-    out, start = boxes.new_zeros(len(boxes), size, size), 0
+    out = boxes.new_zeros(len(boxes), size, size)
+    start = 0
     for i, t in enumerate(targets):
-        mine = (image == i).nonzero()[:, 0]
-        rois = torch.cat([(index[mine] - start)[:, None].to(boxes.dtype), boxes[mine]], 1)
-        if len(mine): out[mine] = (roi_align(t['masks'][:, None].to(boxes.dtype), rois, size, 1., 0, aligned=True)[:, 0] >= .5).to(boxes.dtype)
+        rows = (image == i).nonzero()[:, 0]
+        rois = torch.cat([(index[rows] - start)[:, None].to(boxes.dtype), boxes[rows]], 1)
+        if len(rows):
+            masks = roi_align(t['masks'][:, None].to(boxes.dtype), rois, size, 1., 0, aligned=True)[:, 0]
+            out[rows] = (masks >= .5).to(boxes.dtype)
         start += len(t['boxes'])
     return out
 
+def mask_loss(heads, features, targets, boxes, image, labels, index)->Tensor:
+    "Logistic loss of the masks of objects, over their pixels."
+    logits = heads.mask_head(heads.mask_pooler(features, boxes, image), labels).float()
+    scale = process_weight(len(boxes), logits.device)              # every process takes part, with objects or without
+    if not len(boxes): return logits.sum()*0
+    goals = mask_targets(targets, boxes, image, index, logits.shape[-1]).to(logits)
+    return F.binary_cross_entropy_with_logits(logits, goals)*scale
+
 # %% ../nbs/34_cascade.ipynb #choose
-def choose(boxes:Tensor, probs:Tensor, # [r, 4], [r, K + 1]
-           *, decode:str, threshold:float, nms_iou:float, n_max:int)->dict[str, Tensor]: # boxes [n, 4], scores [n], labels int64 [n], best first
-    "Detections of one picture."
+def choose(boxes:Tensor, probs:Tensor, # [r, 4] xyxy, [r, K + 1]
+           *, decode:str, # 'detectron2' or 'objectness'
+           threshold:float, nms_iou:float, n_max:int # least score; most IoU of two; most detections
+           )->dict[str, Tensor]: # boxes [n, 4], scores [n], labels int64 [n], best first
+    "Detections of one image."
     good = (torch.isfinite(boxes).all(1) & torch.isfinite(probs).all(1)).nonzero()[:, 0]
     boxes, probs = boxes[good], probs[good]
     if decode == 'objectness':
         region = (1 - probs[:, -1] > threshold).nonzero()[:, 0]
-        labels, group = probs[region, :-1].argmax(1), torch.zeros_like(region)
+        labels = probs[region, :-1].argmax(1)
+        group = torch.zeros_like(region)
         scores = 1 - probs[region, -1]
     else:
         region, labels = (probs[:, :-1] > threshold).nonzero().unbind(1)
-        scores, group = probs[region, labels], labels
+        group = labels
+        scores = probs[region, labels]
     keep = grouped_nms(boxes[region], scores, group, nms_iou)[:n_max]
     return dict(boxes=boxes[region][keep], scores=scores[keep], labels=labels[keep])
 
@@ -163,7 +209,7 @@ class RoIHeads(nn.Module):
 
     def stage(self, k, features, boxes, image): # -> logits [r, K + 1], deltas [r, 4]
         x = self.box_pooler(features, boxes, image)
-        if self.training: x = _ScaleGradient.apply(x, 1 / len(self.ious))
+        if self.training and x.requires_grad: x.register_hook(lambda grad: grad*(1 / len(self.ious)))
         logits, deltas = self.box_predictor[k](self.box_head[k](x))
         return logits.float(), deltas.float()
 
@@ -172,13 +218,17 @@ class RoIHeads(nn.Module):
         return cascade_losses(self, features, proposals, sizes, targets)
 
 # %% ../nbs/34_cascade.ipynb #cascade_losses
-def cascade_losses(heads:RoIHeads, features, proposals, sizes, targets)->dict[str, Tensor]:
+def cascade_losses(heads:RoIHeads,
+                   features:list[Tensor], proposals:list[Tensor], # [b, c, h, w] a level, [p, 4] xyxy an image
+                   sizes:list, targets:list[dict] # (height, width) and {boxes, labels, masks, seed} of each image
+                   )->dict[str, Tensor]:
     "Class and box losses of each stage, and the mask loss on the first stage's objects."
     gt, n, out = all_labels(targets), heads.n_things, {}
     size = torch.tensor(sizes, device=features[0].device)
-    boxes, image, labels, index = sample_regions(proposals, targets, gt, iou=heads.ious[0], n_things=n, **heads.sampling)
-    fore = (labels < n).nonzero()[:, 0]
-    first = boxes[fore], image[fore], labels[fore], index[fore]
+    options = dict(iou=heads.ious[0], n_things=n, **heads.sampling)
+    boxes, image, labels, index = sample_regions(proposals, targets, gt, **options)
+    objects = (labels < n).nonzero()[:, 0]
+    first = boxes[objects], image[objects], labels[objects], index[objects]
     for k, weights in enumerate(heads.weights):
         logits, deltas = heads.stage(k, features, boxes, image)
         moved = decode_boxes(boxes, deltas, weights).detach()
@@ -193,23 +243,23 @@ def cascade_losses(heads:RoIHeads, features, proposals, sizes, targets)->dict[st
         labels, index = label_regions(boxes, image, gt, iou=heads.ious[k + 1], n_things=n)
     return {**out, 'loss_mask': mask_loss(heads, features, targets, *first)}
 
-def mask_loss(heads, features, targets, boxes, image, labels, index)->Tensor:
-    logits = heads.mask_head(heads.mask_pooler(features, boxes, image), labels).float()
-    share = process_weight(len(boxes), logits.device)
-    if not len(boxes): return logits.sum() * 0
-    return F.binary_cross_entropy_with_logits(logits, mask_targets(targets, boxes, image, index, logits.shape[-1]).to(logits)) * share
-
 # %% ../nbs/34_cascade.ipynb #detections
-def detections(heads:RoIHeads, features, proposals, sizes)->list[dict]: # boxes, scores, labels, mask_probs [n, s, s] of each picture
-    "The cascade at test time; masks on what is left."
-    image = torch.cat([torch.full((len(p),), i, device=p.device) for i, p in enumerate(proposals)])
-    boxes, size, probs, n = torch.cat(proposals), torch.tensor(sizes, device=image.device), 0, [len(p) for p in proposals]
+def detections(heads:RoIHeads, features, proposals, sizes # as in `cascade_losses`
+               )->list[dict]: # boxes [n, 4], scores [n], labels [n], mask_probs [n, s, s] of each image
+    "The cascade at test time."
+    image = _image_index(proposals)
+    boxes = torch.cat(proposals)
+    size = torch.tensor(sizes, device=image.device)
+    counts = [len(p) for p in proposals]
+    probs = 0
     for k, weights in enumerate(heads.weights):
         logits, deltas = heads.stage(k, features, boxes, image)
         probs = probs + logits.softmax(1)
         boxes = clip_boxes(decode_boxes(boxes, deltas, weights), *size[image].to(boxes).unbind(1))
-    found = [choose(b, p, **heads.decoding) for b, p in zip(boxes.split(n), (probs / len(heads.ious)).split(n))]
-    image, labels = torch.cat([torch.full_like(f['labels'], i) for i, f in enumerate(found)]), torch.cat([f['labels'] for f in found])
-    masks = heads.mask_head(heads.mask_pooler(features, torch.cat([f['boxes'] for f in found]), image), labels).float().sigmoid()
-    for f, m in zip(found, masks.split([len(f['labels']) for f in found])): f['mask_probs'] = m
-    return found
+    probs = probs / len(heads.ious)
+    out = [choose(b, p, **heads.decoding) for b, p in zip(boxes.split(counts), probs.split(counts))]
+    boxes, labels = (torch.cat([d[key] for d in out]) for key in ('boxes', 'labels'))
+    image = _image_index([d['labels'] for d in out])
+    masks = heads.mask_head(heads.mask_pooler(features, boxes, image), labels).float().sigmoid()
+    for d, m in zip(out, masks.split([len(d['labels']) for d in out])): d['mask_probs'] = m
+    return out

@@ -18,36 +18,45 @@ from torchvision.ops import roi_align
 from .boxes import box_area
 
 # %% ../nbs/33_roialign.ipynb #region_levels
-def region_levels(boxes:Tensor, levels:list[int], *, canonical_size:int, canonical_level:int)->Tensor: # int64 [r], index into levels
-    "Large regions are read from coarse levels (FPN, eq. 1)."
-    level = torch.floor(canonical_level + torch.log2(box_area(boxes).sqrt() / canonical_size + 1e-8))
+def region_levels(boxes:Tensor, # [r, 4] xyxy
+                  levels:list[int], # of the pyramid, rising by one
+                  *, canonical_size:int, # a square of this side, pixels ...
+                  canonical_level:int    # ... is read from this level
+                  )->Tensor: # int64 [r], index into levels
+    "Large regions are read from coarse levels (FPN, equation 1)."
+    size = box_area(boxes).sqrt() / canonical_size
+    level = torch.floor(canonical_level + torch.log2(size + 1e-8))
     return level.clamp(levels[0], levels[-1]).long() - levels[0]
 
 # %% ../nbs/33_roialign.ipynb #taps
 @njit(cache=True)
-def _taps(low, high, bins, size, ratio, dtype):
-    "For each of the bins of [low, high): which cells of an axis it averages, their weights, how many."
+def _taps(low, high, bins, size, ratio, dtype): # -> int64 [bins, 2n], dtype [bins, 2n], int64 [bins]
+    "For each bin of [low, high): the cells of an axis that it averages, their weights, and how many they are."
     step = (high - low) / bins
     n = ratio if ratio > 0 else int(np.ceil(step))
-    cell, weight, count = np.zeros((bins, 2 * n), np.int64), np.zeros((bins, 2 * n), dtype), np.zeros(bins, np.int64)
+    cell = np.zeros((bins, 2*n), np.int64)
+    weight = np.zeros((bins, 2*n), dtype)
+    count = np.zeros(bins, np.int64)
     for i in range(bins):
         for k in range(n):
-            at = low + i * step + (k + .5) * step / n
+            at = low + i*step + (k + .5)*step / n
             if at < -1 or at > size: continue
             at = min(max(at, 0.), size - 1.)
             left = int(at)
             for c, w in ((left, (left + 1 - at) / n), (min(left + 1, size - 1), (at - left) / n)):
                 m = count[i]
-                if m > 0 and cell[i, m - 1] == c: weight[i, m - 1] += w        # samples that share a cell
+                if m > 0 and cell[i, m - 1] == c: weight[i, m - 1] += w        # samples that have a cell in common
                 elif m > 1 and cell[i, m - 2] == c: weight[i, m - 2] += w
                 else: cell[i, m], weight[i, m], count[i] = c, w, m + 1
     return cell, weight, count
 
 # %% ../nbs/33_roialign.ipynb #pool_kernel
 @njit(cache=True, nogil=True)
-def _pool(start, stop, x, boxes, image, rows, ratio, out): # [b, h, w, c], [n, 4] in cells, [n], [n] -> out[rows] [size, size, c]
+def _pool(start, stop, x, boxes, image, rows, ratio, out):
+    "Features [b, h, w, c], boxes [n, 4] in cells, image [n], rows [n] -> added to out[rows] [size, size, c]."
     for r in range(start, stop):
-        f, o = x[image[r]], out[rows[r]]
+        f = x[image[r]]
+        o = out[rows[r]]
         y_cell, y_weight, y_count = _taps(boxes[r, 1], boxes[r, 3], o.shape[0], f.shape[0], ratio, boxes.dtype)
         x_cell, x_weight, x_count = _taps(boxes[r, 0], boxes[r, 2], o.shape[1], f.shape[1], ratio, boxes.dtype)
         for i in range(o.shape[0]):
@@ -55,18 +64,22 @@ def _pool(start, stop, x, boxes, image, rows, ratio, out): # [b, h, w, c], [n, 4
                 to = o[i, j]
                 for a in range(y_count[i]):
                     for b in range(x_count[j]):
-                        w, p = y_weight[i, a] * x_weight[j, b], f[y_cell[i, a], x_cell[j, b]]
-                        for c in range(len(to)): to[c] += w * p[c]
+                        w = y_weight[i, a]*x_weight[j, b]
+                        p = f[y_cell[i, a], x_cell[j, b]]
+                        for c in range(len(to)): to[c] += w*p[c]
 
 # %% ../nbs/33_roialign.ipynb #unpool_kernel
 @njit(cache=True, nogil=True)
-def _unpool(start, stop, grad, boxes, image, rows, ratio, out, chunk): # the transpose: grad[rows] [size, size, c] is added to out [b, h, w, c]
+def _unpool(start, stop, grad, boxes, image, rows, ratio, out, chunk):
+    "The transpose of `_pool`: grad[rows] [size, size, c] is added to out [b, h, w, c]; a task has `chunk` channels."
     n_chunks = (out.shape[3] + chunk - 1) // chunk
-    for task in range(start, stop):                             # a picture and a slice of the channels: no two tasks write to one place
-        f = out[task // n_chunks, :, :, task % n_chunks * chunk:(task % n_chunks + 1) * chunk]
+    for task in range(start, stop):
+        n = task // n_chunks
+        first = (task % n_chunks)*chunk
+        f = out[n, :, :, first:first + chunk]
         for r in range(len(rows)):
-            if image[r] != task // n_chunks: continue
-            g = grad[rows[r], :, :, task % n_chunks * chunk:(task % n_chunks + 1) * chunk]
+            if image[r] != n: continue
+            g = grad[rows[r], :, :, first:first + chunk]
             y_cell, y_weight, y_count = _taps(boxes[r, 1], boxes[r, 3], g.shape[0], f.shape[0], ratio, boxes.dtype)
             x_cell, x_weight, x_count = _taps(boxes[r, 0], boxes[r, 2], g.shape[1], f.shape[1], ratio, boxes.dtype)
             for i in range(g.shape[0]):
@@ -74,8 +87,9 @@ def _unpool(start, stop, grad, boxes, image, rows, ratio, out, chunk): # the tra
                     of = g[i, j]
                     for a in range(y_count[i]):
                         for b in range(x_count[j]):
-                            w, p = y_weight[i, a] * x_weight[j, b], f[y_cell[i, a], x_cell[j, b]]
-                            for c in range(len(of)): p[c] += w * of[c]
+                            w = y_weight[i, a]*x_weight[j, b]
+                            p = f[y_cell[i, a], x_cell[j, b]]
+                            for c in range(len(of)): p[c] += w*of[c]
 
 # %% ../nbs/33_roialign.ipynb #spread
 @lru_cache
@@ -90,15 +104,16 @@ def _spread(kernel, n, *args):
 
 # %% ../nbs/33_roialign.ipynb #RegionAlign
 class _RegionAlign(torch.autograd.Function):
-    "RoIAlign over all levels at once, on CPU: features [b, c, h, w] a level -> [r, c, size, size]."
+    "RoIAlign over all levels at once, on a CPU: features [b, c, h, w] of each level -> [r, c, size, size]."
     @staticmethod
     def forward(ctx, boxes, image, level, scales, size, ratio, *features):
-        dtype = torch.promote_types(features[0].dtype, torch.float)      # bf16 is computed in float32
+        dtype = torch.promote_types(features[0].dtype, torch.float)
         out = torch.zeros(len(boxes), size, size, features[0].shape[1], dtype=dtype)
         ctx.parts, ctx.ratio, ctx.shapes = [], ratio, []
         for l, (x, scale) in enumerate(zip(features, scales)):
             rows = (level == l).nonzero()[:, 0]
-            ctx.parts.append(((boxes[rows].to(dtype) * scale - .5).numpy(), image[rows].numpy(), rows.numpy()))
+            cells = boxes[rows].to(dtype)*scale - .5               # cell 0 has its centre at half a stride
+            ctx.parts.append((cells.numpy(), image[rows].numpy(), rows.numpy()))
             x = x.detach().to(dtype).permute(0, 2, 3, 1).contiguous()
             ctx.shapes.append(x.shape)
             _spread(_pool, len(rows), x.numpy(), *ctx.parts[-1], ratio, out.numpy())
@@ -110,22 +125,34 @@ class _RegionAlign(torch.autograd.Function):
         grad = grad.to(torch.promote_types(dtype, torch.float)).permute(0, 2, 3, 1).contiguous()
         for part, shape in zip(ctx.parts, ctx.shapes):
             out.append(torch.zeros(shape, dtype=grad.dtype))
-            _spread(_unpool, shape[0] * -(-shape[3] // 64), grad.numpy(), *part, ctx.ratio, out[-1].numpy(), 64)
+            n_tasks = shape[0]*-(-shape[3] // 64)
+            _spread(_unpool, n_tasks, grad.numpy(), *part, ctx.ratio, out[-1].numpy(), 64)
         return None, None, None, None, None, None, *(o.permute(0, 3, 1, 2).to(dtype) for o in out)
 
 # %% ../nbs/33_roialign.ipynb #Pooler
 class Pooler(nn.Module):
-    "RoIAlign from the right level of the pyramid: regions [r, 4] of pictures `image` [r] -> [r, c, size, size]."
-    def __init__(self, levels:list[int], *, size:int, sampling_ratio:int, canonical_size:int, canonical_level:int):
+    "RoIAlign from the right level of the pyramid: regions [r, 4] of images `image` [r] -> [r, c, size, size]."
+    def __init__(self, levels:list[int], *,
+                 size:int,           # bins a side
+                 sampling_ratio:int, # samples a side of a bin; 0: as many as it has cells
+                 canonical_size:int, canonical_level:int): # see `region_levels`
         super().__init__()
-        self.levels, self.size, self.ratio, self.canonical = levels, size, sampling_ratio, dict(canonical_size=canonical_size, canonical_level=canonical_level)
+        self.levels, self.size, self.ratio = levels, size, sampling_ratio
+        self.canonical = dict(canonical_size=canonical_size, canonical_level=canonical_level)
 
-    def forward(self, features, boxes, image):
-        level, scales = region_levels(boxes, self.levels, **self.canonical), [1 / 2**l for l in self.levels]
-        if not boxes.is_cuda: return _RegionAlign.apply(boxes, image, level, scales, self.size, self.ratio, *features[:len(scales)])
-        rois, out = torch.cat([image[:, None].to(boxes.dtype), boxes], 1), []
-        order = [(level == i).nonzero()[:, 0] for i in range(len(scales))]
-        wide = torch.promote_types(features[0].dtype, torch.float)   # in half precision a corner would be off by pixels
-        for x, index, scale in zip(features, order, scales):
-            out.append(roi_align(x.to(wide), rois[index].to(wide), self.size, scale, self.ratio, aligned=True))
-        return torch.cat(out)[torch.cat(order).argsort()].to(features[0].dtype)
+    def forward(self, features:list[Tensor], boxes:Tensor, image:Tensor)->Tensor:
+        level = region_levels(boxes, self.levels, **self.canonical)
+        scales = [1 / 2**l for l in self.levels]
+        features = features[:len(scales)]
+        read = _on_gpu if boxes.is_cuda else _RegionAlign.apply
+        return read(boxes, image, level, scales, self.size, self.ratio, *features)
+
+def _on_gpu(boxes, image, level, scales, size, ratio, *features):
+    "The same by torchvision's kernel, level by level."
+    out = []
+    rois = torch.cat([image[:, None].to(boxes.dtype), boxes], 1)
+    order = [(level == i).nonzero()[:, 0] for i in range(len(scales))]
+    wide = torch.promote_types(features[0].dtype, torch.float)     # in half precision a corner would be off by pixels
+    for x, index, scale in zip(features, order, scales):
+        out.append(roi_align(x.to(wide), rois[index].to(wide), size, scale, ratio, aligned=True))
+    return torch.cat(out)[torch.cat(order).argsort()].to(features[0].dtype)
