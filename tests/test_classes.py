@@ -5,10 +5,11 @@ from PIL import Image
 
 from u2seg.classes import CITYSCAPES, COCO_PANOPTIC, COCO_THINGS, STUFF15, STUFF27, STUFF27_NAMES, SUPER_OFFSET, UVO, VOC, merge_equal, supercategories
 from u2seg.baselines import ImagePrediction, pack
-from u2seg.evaluate import Mapping, fine_maps, score, semantic27
+from u2seg.evaluate import Mapping, score
 from u2seg.truth import read_truth
 from u2seg.images import read_ids, write_ids, write_json
 from u2seg.metrics import panoptic_quality
+from u2seg.naming import fine_maps, semantic27
 
 
 def spans(text): return [i for s in text.split() for i in (range(int(s.split('-')[0]), int(s.split('-')[-1]) + 1))]

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from .baselines import ImagePrediction
-from .evaluate import Mapping, class_pq, count_votes, image_pq, save_names, semantic_map, usage
+from .evaluate import Mapping, class_pq, count_votes, image_pq, semantic_map
 from .images import read_image
+from .naming import save_names, usage
 from .show import Picture, grid, overlay, readable
 from .truth import GroundTruth, truth_map
 
@@ -132,7 +133,7 @@ class View:
     def summary(self, **options)->Summary: # of `count_votes`
         return _labelled(self, options) if self.truths else _unlabelled(self, options['n_clusters'], options['n_stuff'])
 
-    def save_names(self, path:str|Path, *, model:str|Path)->dict[str, str]: # as of `evaluate.save_names`
+    def save_names(self, path:str|Path, *, model:str|Path)->dict[str, str]: # as of `naming.save_names`
         split = list(self.images)[-1]
         names = self.truths[split].names if self.truths else {}
         fitted_on = self.where(split) if self.truths else 'nothing: clusters keep their numbers'
