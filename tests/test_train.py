@@ -14,8 +14,9 @@ from u2seg.model import build_model
 from u2seg.solver import Solver, lr_factor
 from u2seg.batches import Batches, PseudoLabels, epoch_batches
 from u2seg.optim import clip_gradients, parameter_groups, precise_bn
+from u2seg.processes import launch
 from u2seg.selftrain import detect, self_training_labels
-from u2seg.train import fit, launch
+from u2seg.train import fit
 
 RECIPE = dict(n_iters=14, lr=.05, schedule='step', milestones=[8, 12], gamma=.1, flat_fraction=0., warmup_iters=3, warmup_factor=.001, optimizer='sgd', sgd_momentum=.9, weight_decay=1e-3,
               cls_lr_multiplier=2., clip_type='parameter', clip_value=1., loss_weights={}, amp=None, accumulate=1, ema_decay=0., precise_bn=0, checkpoint_period=4, log_every=3)
@@ -465,15 +466,15 @@ def test_a_checkpoint_that_another_process_sets_aside(tmp_path, monkeypatch):
 def test_the_group_speaks_where_the_model_lies(monkeypatch):
     "A model on the CPU of a machine with GPUs: NCCL cannot carry its tensors."
     import torch.distributed as dist
-    from u2seg import train
+    from u2seg import processes
     asked = []
     monkeypatch.setenv('WORLD_SIZE', '2')
     monkeypatch.setenv('RANK', '1')
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True); monkeypatch.setattr(torch.cuda, 'set_device', lambda device: asked.append(device))
     monkeypatch.setattr(dist, 'init_process_group', lambda backend: asked.append(backend))
     monkeypatch.setattr(dist, 'get_rank', lambda: 1); monkeypatch.setattr(dist, 'get_world_size', lambda: 2)
-    assert train._processes(torch.device('cpu')) == (1, 2) and asked == ['gloo']
-    assert train._processes(torch.device('cuda', 3)) == (1, 2) and asked[1:] == [torch.device('cuda', 3), 'nccl']
+    assert processes._processes(torch.device('cpu')) == (1, 2) and asked == ['gloo']
+    assert processes._processes(torch.device('cuda', 3)) == (1, 2) and asked[1:] == [torch.device('cuda', 3), 'nccl']
 
 
 @pytest.mark.parametrize('change', [dict(lr=.01), dict(milestones=[9]), dict(gamma=.2), dict(warmup_iters=4), dict(sgd_momentum=.8), dict(weight_decay=1e-4), dict(clip_value=2.),
@@ -487,7 +488,7 @@ def test_every_field_of_the_solver_makes_another_recipe(data, change):
 ON_A_GPU_MACHINE = '''
 import functools, os, sys, torch
 torch.cuda.is_available = lambda: True
-from u2seg.train import launch
+from u2seg.processes import launch
 def work(net, folder): open(os.path.join(folder, os.environ.get('RANK', 'caller')), 'w').close()
 if __name__ == '__main__': launch(functools.partial(work, torch.nn.Linear(1, 1), sys.argv[1]), 2)
 '''

@@ -41,7 +41,8 @@ from .model import MEAN, STD, PanopticRCNN
 from .solver import Solver, lr_factor
 from .batches import Batches, PseudoLabels
 from .optim import clip_gradients, parameter_groups
-from .train import AMP, _processes, write_log
+from .processes import _processes
+from .train import AMP, write_log
 
 # %% ../nbs/47_engine.ipynb #build_u2seg_trunk
 class Stem(resnet.CNNBlockBase):
