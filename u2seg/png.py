@@ -16,16 +16,17 @@ from .images import read_ids
 
 # %% ../nbs/69_png.ipynb #chunks
 def _chunks(data:bytes):
-    "Height, width and compressed pixels of an 8-bit RGB PNG without interlace; None if it is anything else or broken."
+    "Height, width, compressed pixels of an 8-bit RGB PNG without interlace; None if it is anything else or broken."
     if data[:8] != b'\x89PNG\r\n\x1a\n' or data[12:16] != b'IHDR' or data[24:29] != b'\x08\x02\0\0\0': return None
+    number = lambda at: int.from_bytes(data[at:at + 4], 'big')
     at, parts = 8, []
     while at + 12 <= len(data):
-        n, kind = int.from_bytes(data[at:at + 4], 'big'), data[at + 4:at + 8]
-        if at + 12 + n > len(data) or zlib.crc32(data[at + 4:at + 8 + n]) != int.from_bytes(data[at + 8 + n:at + 12 + n], 'big'): return None
+        kind, end = data[at + 4:at + 8], at + 8 + number(at)
+        if end + 4 > len(data) or zlib.crc32(data[at + 4:end]) != number(end): return None
         if kind == b'tRNS': return None
-        if kind == b'IDAT': parts.append(data[at + 8:at + 8 + n])
-        if kind == b'IEND': return int.from_bytes(data[20:24], 'big'), int.from_bytes(data[16:20], 'big'), b''.join(parts)
-        at += 12 + n
+        if kind == b'IDAT': parts.append(data[at + 8:end])
+        if kind == b'IEND': return number(20), number(16), b''.join(parts)
+        at = end + 4
     return None
 
 # %% ../nbs/69_png.ipynb #huffman
@@ -60,10 +61,10 @@ def _lengths(src, p, end, lengths, table):
     if p + 14 > end: return 0, 0, -1
     n, d, c = _bits(src, p, 5) + 257, _bits(src, p + 5, 5) + 1, _bits(src, p + 10, 4) + 4
     p += 14
-    if p + 3 * c > end or n > 286: return n, d, -1
+    if p + 3*c > end or n > 286: return n, d, -1
     lengths[:] = 0
-    for i in range(c): lengths[_ORDER[i]] = _bits(src, p + 3 * i, 3)
-    p, i = p + 3 * c, 0
+    for i in range(c): lengths[_ORDER[i]] = _bits(src, p + 3*i, 3)
+    p, i = p + 3*c, 0
     if not _huffman(lengths[:19], table): return n, d, -1
     lengths[:19] = 0
     while i < n + d and p < end:
@@ -90,7 +91,8 @@ def _copy(place, value, o, m, d, n):
     return m
 
 # %% ../nbs/69_png.ipynb #block
-_BASE = np.array([3, 4, 5, 6, 7, 8, 9, 10, 11, 13, 15, 17, 19, 23, 27, 31, 35, 43, 51, 59, 67, 83, 99, 115, 131, 163, 195, 227, 258])
+_BASE = np.array([3, 4, 5, 6, 7, 8, 9, 10, 11, 13, 15, 17, 19, 23, 27, 31, 35, 43, 51,
+                  59, 67, 83, 99, 115, 131, 163, 195, 227, 258])
 _EXTRA = np.array([0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, 5, 5, 5, 5, 0])
 
 @njit(cache=True, nogil=True)
@@ -121,11 +123,15 @@ def _block(src, p, end, lit, dist, place, value, o, m):
     return -1, o, m
 
 # %% ../nbs/69_png.ipynb #inflate
+_FIXED = np.repeat([8, 9, 7, 8, 5], [144, 112, 24, 8, 30])     # lengths of the fixed codes
+
 @njit(cache=True, nogil=True)
 def _inflate(src, size, place, value):
-    "Decompress a zlib stream (three spare bytes at its end): the number of entries of `place`, `value`; -1 if it is not `size` bytes or has too many."
-    lit, dist, lengths = np.empty(1 << 15, np.uint16), np.empty(1 << 15, np.uint16), np.zeros(320, np.int64)
-    p, o, m, last, end = 16, 0, 0, False, 8 * (len(src) - 3)
+    "Entries of `place`, `value` of a zlib stream (three spare bytes at its end); -1 if not `size` bytes, or too many."
+    lit, dist = np.empty(1 << 15, np.uint16), np.empty(1 << 15, np.uint16)
+    lengths = np.zeros(320, np.int64)
+    p, o, m = 16, 0, 0
+    last, end = False, 8*(len(src) - 3)
     while not last:
         if p + 3 > end: return -1
         last, kind = _bits(src, p, 1) == 1, _bits(src, p + 1, 2)
@@ -138,10 +144,10 @@ def _inflate(src, size, place, value):
             if i + n > len(src) - 3 or m + n > len(place): return -1
             for k in range(n):
                 if src[i + k]: place[m], value[m], m = o + k, src[i + k], m + 1
-            p, o = 8 * (i + n), o + n
+            p, o = 8*(i + n), o + n
             continue
         n, d = 288, 30
-        if kind == 1: lengths[:144], lengths[144:256], lengths[256:280], lengths[280:288], lengths[288:318] = 8, 9, 7, 8, 5
+        if kind == 1: lengths[:318] = _FIXED
         else: n, d, p = _lengths(src, p, end, lengths, lit)
         if p < 0 or not (_huffman(lengths[:n], lit) and _huffman(lengths[n:n + d], dist)): return -1
         p, o, m = _block(src, p, end, lit, dist, place, value, o, m)
@@ -157,7 +163,7 @@ def _paeth(a, b, c):
     out = 0
     for shift in range(0, 24, 8):
         x, y, z = (a >> shift) & 255, (b >> shift) & 255, (c >> shift) & 255
-        p, q, r = abs(y - z), abs(x - z), abs(x + y - 2 * z)
+        p, q, r = abs(y - z), abs(x - z), abs(x + y - 2*z)
         out |= (x if p <= q and p <= r else y if q <= r else z) << shift
     return out
 
@@ -169,32 +175,36 @@ def _add(a, b):
 # %% ../nbs/69_png.ipynb #unfilter
 @njit(cache=True, nogil=True)
 def _row(kind, W, place, value, k, k1, base, start, ids, u, u1, n):
-    "Runs of one row, appended at `n`, from its residuals k ... k1 and the runs u ... u1 above it; the new n (-1 = no room)."
-    j, left, above, corner, first = 0, 0, 0, 0, n
+    "Append at `n` the runs of a row, from residuals k ... k1 and the runs u ... u1 above it; the new n, -1 = no room."
+    left, above, corner = 0, 0, 0
+    j, first = 0, n
     while j < W:
         if u < u1 and start[u] == j: above, u = ids[u], u + 1
         x = 0
-        while k < k1 and (place[k] - base) // 3 == j: x |= np.int64(value[k]) << 8 * ((place[k] - base) % 3); k += 1
-        p = 0 if kind == 0 else left if kind == 1 else above if kind == 2 else (left & above) + (((left ^ above) & 0xfefefe) >> 1) if kind == 3 else _paeth(left, above, corner)
+        while k < k1 and (place[k] - base)//3 == j:
+            x |= np.int64(value[k]) << 8*((place[k] - base) % 3)
+            k += 1
+        if kind == 3: p = (left & above) + (((left ^ above) & 0xfefefe) >> 1)
+        else: p = 0 if kind == 0 else left if kind == 1 else above if kind == 2 else _paeth(left, above, corner)
         left = _add(p, x) if x else p
         if n == first or ids[n - 1] != left:
             if n == len(start): return -1
             start[n], ids[n], n = j, left, n + 1
         corner = above
         settled = left == 0 if kind == 0 else left == above or kind == 1 or kind == 4
-        j = j + 1 if not settled else min((place[k] - base) // 3 if k < k1 else W, start[u] if u < u1 else W)
+        j = j + 1 if not settled else min((place[k] - base)//3 if k < k1 else W, start[u] if u < u1 else W)
     return n
 
 # %% ../nbs/69_png.ipynb #unfilter-rows
 @njit(cache=True, nogil=True)
 def _unfilter(place, value, m, H, W, start, ids, row):
-    "Runs of all rows: `start` and `ids`, those of row i at row[i] ... row[i + 1]; False for an unknown filter or no room."
+    "Runs of all rows, those of row i at row[i] ... row[i + 1]; False for an unknown filter or no room."
     k, u, n = 0, 0, 0
     for i in range(H):
-        base, kind = i * (1 + 3 * W) + 1, 0
+        base, kind = i*(1 + 3*W) + 1, 0
         if k < m and place[k] == base - 1: kind, k = value[k], k + 1
         k1 = k
-        while k1 < m and place[k1] < base + 3 * W: k1 += 1
+        while k1 < m and place[k1] < base + 3*W: k1 += 1
         row[i] = n
         n = -1 if kind > 4 else _row(kind, W, place, value, k, k1, base, start, ids, u, row[i], n)
         if n < 0: return False
@@ -205,26 +215,27 @@ def _unfilter(place, value, m, H, W, start, ids, row):
 # %% ../nbs/69_png.ipynb #read_runs
 SMALL = 1 << 16     # pixels; below, the general reader is as quick
 
-def read_runs(path:str|Path)->tuple[np.ndarray, np.ndarray, np.ndarray, int]|None: # start and id of each run, first run of each row [H + 1], width
+def read_runs(path:str|Path,
+              )->tuple[np.ndarray, np.ndarray, np.ndarray, int]|None: # start, id of each run; first of each row; width
     "The runs of a panoptic PNG; None if it is small, broken, of another kind, or has too many."
-    try: found = _chunks(Path(path).read_bytes())
+    try: parsed = _chunks(Path(path).read_bytes())
     except OSError: return None
-    if found is None or found[0] * found[1] < SMALL: return None
-    H, W, packed = found
-    room, runs = H * W, H * W // 4
-    place, value = np.empty(room, np.int32), np.empty(room, np.uint8)
-    m = _inflate(np.frombuffer(packed + bytes(3), np.uint8), H * (1 + 3 * W), place, value)
-    start, ids, row = np.empty(runs, np.int32), np.empty(runs, np.int32), np.empty(H + 1, np.int32)
+    if parsed is None or parsed[0]*parsed[1] < SMALL: return None
+    H, W, packed = parsed
+    place, value = np.empty(H*W, np.int32), np.empty(H*W, np.uint8)
+    m = _inflate(np.frombuffer(packed + bytes(3), np.uint8), H*(1 + 3*W), place, value)
+    start, ids = np.empty(H*W//4, np.int32), np.empty(H*W//4, np.int32)
+    row = np.empty(H + 1, np.int32)
     if m < 0 or not _unfilter(place, value, m, H, W, start, ids, row): return None
     return start[:row[H]], ids[:row[H]], row, W
 
 def read_map(path:str|Path)->np.ndarray: # int32 [H, W]
     "Segment ids of a panoptic PNG; the same as `read_ids`, which reads whatever `read_runs` does not."
-    found = read_runs(path)
-    if found is None: return read_ids(path)
-    start, ids, row, W = found
-    at = start + np.repeat(np.arange(len(row) - 1) * W, np.diff(row))
-    return np.repeat(ids, np.diff(at, append=(len(row) - 1) * W)).reshape(-1, W)
+    runs = read_runs(path)
+    if runs is None: return read_ids(path)
+    start, ids, row, W = runs
+    at = start + np.repeat(np.arange(len(row) - 1)*W, np.diff(row))
+    return np.repeat(ids, np.diff(at, append=(len(row) - 1)*W)).reshape(-1, W)
 
 # %% ../nbs/69_png.ipynb #count_pairs
 @njit(cache=True, nogil=True)
@@ -237,17 +248,18 @@ def _count(start_a, ids_a, row_a, start_b, ids_b, row_b, W, keys, counts):
             end_a = start_a[i + 1] if i + 1 < row_a[r + 1] else W
             end_b = start_b[j + 1] if j + 1 < row_b[r + 1] else W
             stop, key = min(end_a, end_b), np.int64(ids_a[i]) << 24 | ids_b[j]
-            at = (key * 0x9E3779B1 >> 16) & mask
+            at = (key*0x9E3779B1 >> 16) & mask
             while keys[at] != key and keys[at] >= 0: at = (at + 1) & mask
             if keys[at] < 0: keys[at], used = key, used + 1
             counts[at] += stop - x
-            if 2 * used > len(keys): return False
+            if 2*used > len(keys): return False
             i, j, x = i + (stop == end_a), j + (stop == end_b), stop
     return True
 
 def count_pairs(a, b)->tuple[np.ndarray, np.ndarray, np.ndarray]: # id of a, id of b, pixels; sorted by both ids
     "Count the pixels of every pair of ids in two maps of runs (`read_runs`)."
-    if len(a[2]) != len(b[2]) or a[3] != b[3]: raise ValueError(f'the maps differ in size: {[len(a[2]) - 1, a[3]]} and {[len(b[2]) - 1, b[3]]}')
+    sizes = [[len(runs[2]) - 1, runs[3]] for runs in (a, b)]
+    if sizes[0] != sizes[1]: raise ValueError(f'the maps differ in size: {sizes[0]} and {sizes[1]}')
     size = 1 << 10
     while True:
         keys, counts = np.full(size, -1, np.int64), np.zeros(size, np.int64)
