@@ -505,7 +505,7 @@ def test_loader_processes_may_open_all_files_that_the_system_allows(data):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
     try:
-        share = train._Share(made(data, **VIEWS), 0, 1, 1)
+        share = train._Slice(made(data, **VIEWS), 0, 1, 1)
         train._loader(share, 0, 1, 0)
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 256           # without processes nothing is changed
         train._loader(share, 0, 1, 1)

@@ -108,8 +108,8 @@ def _restore(run, state):
     run.next, run.rows, run.window = state['next'], state['rows'], state['window']
     for m, s in zip(run.mean, state['mean']): m.copy_(s)
 
-# %% ../nbs/44_train.ipynb #share
-class _Share(Dataset):
+# %% ../nbs/44_train.ipynb #slices
+class _Slice(Dataset):
     "One process' slice of each batch, as `accumulate` parts."
     def __init__(self, batches, rank, world, accumulate):
         self.batches, self.accumulate = batches, accumulate
@@ -118,10 +118,10 @@ class _Share(Dataset):
         n, first = self.world*self.accumulate, self.rank*self.accumulate
         return [self.batches.part(i, first + j, n) for j in range(self.accumulate)]
 
-def _loader(share, start, n_iters, n_workers):
+def _loader(slices, start, n_iters, n_workers):
     if n_workers: _allow_open_files()
     threads = dict(worker_init_fn=_one_thread) if n_workers else {}
-    return DataLoader(share, batch_size=None, sampler=range(start, n_iters), num_workers=n_workers, **threads)
+    return DataLoader(slices, batch_size=None, sampler=range(start, n_iters), num_workers=n_workers, **threads)
 
 def _one_thread(worker): torch.set_num_threads(1)
 
@@ -170,13 +170,13 @@ def _step(run, i, losses, folder):
     run.average()
 
 # %% ../nbs/44_train.ipynb #iterate
-def _iterate(run, share, asked, *, folder, key, amp, log_every, n_workers):
+def _iterate(run, slices, asked, *, folder, key, amp, log_every, n_workers):
     "The iterations from `run.next` on."
     solver, n_iters = run.solver, run.solver.n_iters
-    device, first = run.parameters[0].device, share.rank == 0
-    several, net = share.world > 1, run.model
+    device, first = run.parameters[0].device, slices.rank == 0
+    several, net = slices.world > 1, run.model
     if several and device.type == 'cuda': net = DistributedDataParallel(net, broadcast_buffers=False)
-    loader = _loader(share, run.next, n_iters, n_workers)
+    loader = _loader(slices, run.next, n_iters, n_workers)
     bar = tqdm(total=n_iters, initial=run.next, desc='training', unit='it', disable=not first)
     with _board(folder, first) as board, bar:
         for i, parts in zip(range(run.next, n_iters), loader):
@@ -184,10 +184,10 @@ def _iterate(run, share, asked, *, folder, key, amp, log_every, n_workers):
             for g in run.optimizer.param_groups: g['lr'] = lr*g['multiplier']
             for name in sorted(set(sum((p[2] for p in parts), []))): tqdm.write(f'left out: {name}')
             run.optimizer.zero_grad()
-            seeds = [_seed(share.batches.seed, i, share.rank, j) for j in range(len(parts))]
+            seeds = [_seed(slices.batches.seed, i, slices.rank, j) for j in range(len(parts))]
             losses = _backward(net, run, parts, seeds, solver.loss_weights, amp, device)
-            if several and net is run.model: _average_gradients(run.parameters, share.world)
-            losses, signalled = _agree(losses, asked, share.world)
+            if several and net is run.model: _average_gradients(run.parameters, slices.world)
+            losses, signalled = _agree(losses, asked, slices.world)
             _step(run, i, losses, folder)
             _log(run, i, lr, losses, i + 1 == n_iters or (i + 1) % log_every == 0)
             if board and not run.window: _write_board(board, run.rows[-1])
@@ -206,19 +206,19 @@ def _write_board(board, row):
     for k, v in row.items():
         if k != 'iteration': board.add_scalar(k, v, row['iteration'])
 
-def _settle_bn(run, share, n_iters, n):
+def _settle_bn(run, slices, n_iters, n):
     "BatchNorm's statistics after training, the same in all processes."
     device, numbers = run.parameters[0].device, iter(range(n_iters, n_iters + n))
     def feed():
         i = next(numbers)
-        torch.manual_seed(_seed(share.batches.seed, i, share.rank))
-        run.model(*_to(device, *share.batches.part(i, share.rank, share.world)[:2]))
+        torch.manual_seed(_seed(slices.batches.seed, i, slices.rank))
+        run.model(*_to(device, *slices.batches.part(i, slices.rank, slices.world)[:2]))
     precise_bn(run.model, feed, n)
-    if share.world == 1: return
+    if slices.world == 1: return
     for b in run.model.buffers():
         if not b.is_floating_point(): continue
         dist.all_reduce(b)
-        b /= share.world
+        b /= slices.world
 
 # %% ../nbs/44_train.ipynb #recipe
 def _recipe(model, batches, solver, amp):
@@ -246,13 +246,13 @@ def fit(model:nn.Module,   # `model(images, targets) -> {name: loss}` in trainin
         tqdm.write('not every CPU computes in bfloat16: training in float32')
         amp = None
     run, key = _Run(model, solver, amp), _recipe(model, batches, solver, amp)
-    share, state = _Share(batches, rank, world, solver.accumulate), _load(folder/'checkpoint.pt', key)
+    slices, state = _Slice(batches, rank, world, solver.accumulate), _load(folder/'checkpoint.pt', key)
     if state: _restore(run, state)
     if state and state['finished']: return run.rows
     with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []), _asked_to_stop() as asked:
         model.train()
-        _iterate(run, share, asked, folder=folder, key=key, amp=amp, log_every=log_every, n_workers=n_workers)
+        _iterate(run, slices, asked, folder=folder, key=key, amp=amp, log_every=log_every, n_workers=n_workers)
         run.use_average()
-        _settle_bn(run, share, solver.n_iters, solver.precise_bn)
+        _settle_bn(run, slices, solver.n_iters, solver.precise_bn)
         if rank == 0: _save(folder/'checkpoint.pt', dict(_state(run), key=key, finished=True))
     return run.rows
