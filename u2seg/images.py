@@ -23,11 +23,10 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
-# %% ../nbs/01_images.ipynb #ImageError
+# %% ../nbs/01_images.ipynb #read_image
 class ImageError(ValueError):
     "A file that cannot be read as an image; the message names it."
 
-# %% ../nbs/01_images.ipynb #read_image
 def read_image(path:str|Path,  # any format that Pillow decodes
                )->np.ndarray:  # uint8 [H, W, 3] RGB, upright
     "Read an image in any mode as upright RGB; raise `ImageError` naming the file if it cannot be read."
@@ -68,7 +67,7 @@ def _grey_bytes(x:np.ndarray, # int or float [H, W]
     if not valid.any(): return np.zeros(x.shape, np.uint8)
     low, high = x.min(where=valid, initial=np.inf), x.max(where=valid, initial=-np.inf)
     if whole and low >= 0 and 32768 <= high <= 65535: low, high = 0, 65535
-    return (np.where(valid, x - low, 0) * (255 / max(high - low, 1e-300)) + 1e-6).astype(np.uint8)
+    return (np.where(valid, x - low, 0)*(255/max(high - low, 1e-300)) + 1e-6).astype(np.uint8)
 
 # %% ../nbs/01_images.ipynb #to_tensor
 MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]  # ImageNet, RGB in [0, 1]
@@ -79,12 +78,12 @@ def to_tensor(image:np.ndarray,  # uint8 [H, W, 3]
     "Pixels as a float tensor, channels first."
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise ValueError(f'image must be uint8 [H, W, 3], got {image.dtype} {list(image.shape)}')
-    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float() / 255
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float()/255
 
 def normalize(x:Tensor,  # float [..., 3, H, W], RGB in [0, 1]
               )->Tensor: # the same shape
-    "Subtract ImageNet's mean and divide by its deviation."
-    return (x - MEAN.to(x)) / STD.to(x)
+    "Subtract ImageNet's mean and divide by its std."
+    return (x - MEAN.to(x))/STD.to(x)
 
 # %% ../nbs/01_images.ipynb #resize
 def resize_image(image:np.ndarray,     # uint8 [H, W, 3]
@@ -99,8 +98,9 @@ def resize_mask(mask:np.ndarray,      # bool [H, W]
                 )->np.ndarray:        # bool [height, width]
     "Resize a mask by bicubic interpolation and a threshold at half of the maximum (MaskCut)."
     if mask.shape == tuple(size): return mask
-    soft = np.asarray(Image.fromarray(mask.astype(np.uint8) * 255).resize((size[1], size[0]), Image.Resampling.BICUBIC))
-    return soft > soft.max(initial=0) / 2
+    soft = Image.fromarray(mask.astype(np.uint8)*255).resize((size[1], size[0]), Image.Resampling.BICUBIC)
+    soft = np.asarray(soft)
+    return soft > soft.max(initial=0)/2
 
 # %% ../nbs/01_images.ipynb #list_images
 SUFFIXES = {s for s, fmt in Image.registered_extensions().items() if fmt in Image.OPEN}
@@ -137,11 +137,14 @@ def part_of(path:str|Path)->Path:
 def write_atomic(path:str|Path, # destination; its folder is made if needed
                  data:bytes|memoryview):
     "Write `data` so that no reader ever sees a part of it."
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = part_of(path)
     try:
         with open(part, 'wb') as f:
-            f.write(data); f.flush(); os.fsync(f.fileno())
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
         os.replace(part, path)
     finally: part.unlink(missing_ok=True)
 
@@ -163,10 +166,10 @@ def read_json(path:str|Path):
     except RecursionError: raise ValueError(f'{path}: not valid JSON (nested too deeply)') from None
     except ValueError as e: raise ValueError(f'{path}: not valid JSON ({str(e)[:100]})') from None
 
-# %% ../nbs/01_images.ipynb #filled
+# %% ../nbs/01_images.ipynb #next_run
 @njit(cache=True, nogil=True)
 def next_run(code, p, end, base):
-    "The run at byte `p` of a compressed code, as a difference to `base`, and where the next one begins; -1 if the code is broken."
+    "The run at byte `p` of a compressed code, a difference to `base`, and where the next begins; -1 if broken."
     run, shift, c = 0, 0, 32
     while c & 32:
         c = np.int64(code[p]) - 48 if p < end else -1
@@ -176,11 +179,13 @@ def next_run(code, p, end, base):
     if c & 16: run |= -1 << shift
     return max(run + base, -1), p
 
+# %% ../nbs/01_images.ipynb #filled
 @njit(cache=True, nogil=True)
 def _filled(code, start, pixels):
     out = np.zeros(len(pixels), np.bool_)
     for i in range(len(pixels)):
-        at, n, base, last, p = 0, 0, 0, 0, start[i]
+        at, n, p = 0, 0, start[i]
+        base, last = 0, 0
         while p < start[i + 1] and 0 <= at <= pixels[i]:
             run, p = next_run(code, p, start[i + 1], base if n > 2 else 0)
             at, n = at + run if run >= 0 else -1, n + 1
@@ -196,7 +201,7 @@ def filled(codes:list[str|bytes], # compressed run-length codes
     start = np.cumsum([0, *map(len, codes)])
     return _filled(np.frombuffer(b''.join(codes), np.uint8), start, np.array(pixels, np.int64))
 
-# %% ../nbs/01_images.ipynb #compressed
+# %% ../nbs/01_images.ipynb #whole
 def whole(x)->int|None: # None: it means no integer
     "The integer that a number or a text means."
     if type(x) is int: return x if abs(x) < 2**63 else None
@@ -205,6 +210,7 @@ def whole(x)->int|None: # None: it means no integer
     match = re.fullmatch(r'\s*([+-]?[0-9]{1,18})(\.0*)?\s*', x) if isinstance(x, str) else None
     return int(match[1]) if match else None
 
+# %% ../nbs/01_images.ipynb #compressed
 def _sides(size):
     "Height and width of a mask, if they are of a mask that can be."
     if not isinstance(size, (list, tuple)) or len(size) != 2: raise ValueError(f'a mask of size {str(size)[:50]}')
@@ -222,7 +228,7 @@ def compressed(rle:dict, # {size, counts}; counts compressed (str or bytes) or a
     if not isinstance(rle, dict) or not {'size', 'counts'} <= rle.keys():
         raise ValueError('a mask without `size` and `counts`')
     (h, w), counts = _sides(rle['size']), rle['counts']
-    if isinstance(counts, (str, bytes)): good = not check or filled([counts], [h * w])[0]
+    if isinstance(counts, (str, bytes)): good = not check or filled([counts], [h*w])[0]
     else:
         try: runs = np.asarray(counts, float)
         except (TypeError, ValueError, OverflowError): runs = np.zeros(0)
@@ -279,12 +285,13 @@ def write_png(path:str|Path,
               pixels:np.ndarray): # uint8 [H, W] or [H, W, 3]
     "Write pixels as PNG, atomically: small ones as tightly as can be, large ones quickly."
     how = dict(optimize=True) if pixels.size <= 2**16 else dict(compress_level=3)
-    out = io.BytesIO(); Image.fromarray(pixels).save(out, 'PNG', **how)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, 'PNG', **how)
     write_atomic(path, out.getbuffer())
 
 # %% ../nbs/01_images.ipynb #instances_json
 def instances_json(images:list[dict],      # {id, file_name, width, height}
-                   annotations:list[dict], # {image_id, category_id, segmentation, ...}; id, area, bbox are filled in where absent
+                   annotations:list[dict], # {image_id, category_id, segmentation, ...}; id, area, bbox are set here
                    categories:list[dict],  # {id, name}
                    )->dict:
     "A COCO instance file; areas and boxes are the masks' own."
