@@ -7,6 +7,7 @@ once from beginning to end, and once killed (SIGKILL) at random moments and star
 every shard are compared byte by byte. Then the same run is shared by three processes as torchrun would start them.
 The table says what became of each strange file.
 """
+
 import argparse, hashlib, json, os, random, signal, subprocess, sys, tempfile, time
 from pathlib import Path
 
@@ -144,6 +145,7 @@ def main():
             for im in coco['images']
             for name in [im['file_name']]
         }
+
         def seen(name):
             return '{} x {} px, {} masks'.format(*size[name], masks[name])
 
@@ -160,9 +162,7 @@ def main():
             '| file | result |',
             '|---|---|',
             *(
-                f"| {what} (`{name}`) | "
-                f"{reason.get(f'pictures/{name}') or seen(f'pictures/{name}')} "
-                "|"
+                f"| {what} (`{name}`) | {reason.get(f'pictures/{name}') or seen(f'pictures/{name}')} |"
                 for name, what in kinds.items()
             ),
         ]

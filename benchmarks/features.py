@@ -8,6 +8,7 @@ The plain side runs the whole model with every attention matrix written out and 
 original code does. Both sides run in turns in one process, with the same random weights, and print medians, their
 ratio and the largest relative difference of the result.
 """
+
 import argparse, statistics
 
 import torch

@@ -9,6 +9,7 @@ sides start from the same centroids and run the same number of iterations, in tu
 that the peak of memory is its own. Plain Lloyd: the rows in memory, the distances by one matrix product for 16384
 rows at a time, the smallest of each row, sums by `index_add_`.
 """
+
 import argparse, json, os, statistics, subprocess, sys, tempfile, threading, time
 from pathlib import Path
 

@@ -1,4 +1,5 @@
 """What every benchmark says about itself: with what and on which CPU it ran, and how it takes time."""
+
 import datetime, importlib, platform, shlex, statistics, sys, time
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def command():
 def heading(title, threads, packages, how=SIDES):
     "Lines of Markdown: title, command, date, CPU, threads, versions, and how times were taken."
     versions = ', '.join(f'{p} {importlib.import_module(p).__version__.split("+")[0]}' for p in packages)
-    where = f'{cpu()}, {threads} thread{"s"*(threads > 1)}'
+    where = f'{cpu()}, {threads} thread{"s" * (threads > 1)}'
     about = f'{datetime.date.today()}; {where}; Python {platform.python_version()}, {versions}. {how}'
     return [f'# {title}', '', command(), '', about.strip(), '']
 
@@ -56,12 +57,15 @@ def alternate(sides, rounds):
 
 def ratios(theirs, ours):
     "[wall ratios, CPU ratios] of runs made in turn."
-    return [[a[k]/b[k] for a, b in zip(theirs, ours)] for k in (0, 1)]
+    return [[a[k] / b[k] for a, b in zip(theirs, ours)] for k in (0, 1)]
 
 
 def spread(values):
     "Median and range."
-    def digits(x): return f'{x:.0f}' if x >= 20 else f'{x:.1f}' if x >= 3 else f'{x:.2f}'
+
+    def digits(x):
+        return f'{x:.0f}' if x >= 20 else f'{x:.1f}' if x >= 3 else f'{x:.2f}'
+
     return f'**{digits(statistics.median(values))}** ({digits(min(values))} to {digits(max(values))})'
 
 
@@ -69,6 +73,7 @@ def publish(lines, out):
     "Print, and write to `out` if it is given."
     text = '\n'.join(lines) + '\n'
     print(text)
-    if not out: return
+    if not out:
+        return
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     Path(out).write_text(text)

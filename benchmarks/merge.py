@@ -3,6 +3,7 @@ same run-length codes.
 
     python benchmarks/merge.py [--images 1000] [--rounds 3] [--distinct 50]
 """
+
 import argparse
 
 import numpy as np
@@ -84,14 +85,27 @@ def main():
             {k: s[k] for k in ('category_id', 'area', 'bbox')} for s in ib
         ]
         assert ((a == 0) == (b == 0)).all()
+
     def run(call):
-        for i in range(args.images): call(*distinct[i % len(distinct)], n_clusters=300)
+        for i in range(args.images):
+            call(*distinct[i % len(distinct)], n_clusters=300)
+
     sides = dict(ours=lambda: run(merge), plain=lambda: run(plain_merge))
     _, taken = alternate(sides, args.rounds)
     wall, cpu = map(spread, ratios(taken['plain'], taken['ours']))
     about = f'{args.images} images ({len(distinct)} different ones) of 640 x 480, 10 instances, 8 stuff clusters each.'
-    publish([*heading('Merge', 1, ['numpy'], f'{SIDES} The reference is a loop over masks. {RATIO}'), about, '',
-             '| ratio, wall | ratio, CPU |', '|---|---|', f'| {wall} | {cpu} |'], args.out)
+    publish(
+        [
+            *heading('Merge', 1, ['numpy'], f'{SIDES} The reference is a loop over masks. {RATIO}'),
+            about,
+            '',
+            '| ratio, wall | ratio, CPU |',
+            '|---|---|',
+            f'| {wall} | {cpu} |',
+        ],
+        args.out,
+    )
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

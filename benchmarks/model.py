@@ -1,8 +1,9 @@
 """Inference and training step of our engine beside detectron2's: equal weights, equal pictures, alternating, medians.
 
-    python benchmarks/model.py                          # the embedded student alone: images and iterations a second
-    python benchmarks/model.py --detectron2             # R50, k = 800, against detectron2 (it must be importable)
+python benchmarks/model.py                          # the embedded student alone: images and iterations a second
+python benchmarks/model.py --detectron2             # R50, k = 800, against detectron2 (it must be importable)
 """
+
 import argparse, statistics, sys, time
 from pathlib import Path
 

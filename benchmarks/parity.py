@@ -4,6 +4,7 @@
 
 Needs detectron2, and a folder DIR of photographs (*.jpg, at any depth) of one's own.
 """
+
 import argparse, sys
 from pathlib import Path
 
@@ -24,6 +25,7 @@ if __name__ == '__main__':
     p.add_argument('--out', help='write the result to this file')
     a = p.parse_args()
     import test_detectron2_parity as parity
+
     parity.photos = a.folder
 
     sides = {'float64': (a.photos_double, a.short_double, torch.double), 'float32': (a.photos, a.short, torch.float)}

@@ -6,6 +6,7 @@ trained on as long with the labels it had.
 Trained as stage `cutler` says in params.yaml; scored without classes on pictures drawn from another seed (`--dev`
 names a folder that holds such pictures already). Killed, it goes on.
 """
+
 import argparse
 from dataclasses import replace
 from datetime import date
@@ -135,19 +136,21 @@ if __name__ == '__main__':
                 )
             )
             print(lines[-1], flush=True)
-    text = '\n'.join([
-        f'# Self-training rounds, {date.today()}',
-        '',
-        f'`python benchmarks/rounds.py`, torch {torch.__version__}, seed {a.seed}, score thresholds '
-        f'{p["self_training"]["score_threshold"][: a.rounds]}; class-agnostic, in %, mean of 200 object-centric and 200 '
-        'scene-centric pictures drawn from another seed. *round*: labels of the detector so far, DropLoss off, as '
-        'in CutLER. *control*: trained on as long with MaskCut\'s labels and DropLoss.',
-        '',
-        '| | iterations | labels | mask AP50 | mask AP | mask AR100 | box AP50 | objects AP50 / AR100 | scenes '
-        'AP50 / AR100 |',
-        '|---|---|---|---|---|---|---|---|---|',
-        *lines,
-    ])
+    text = '\n'.join(
+        [
+            f'# Self-training rounds, {date.today()}',
+            '',
+            f'`python benchmarks/rounds.py`, torch {torch.__version__}, seed {a.seed}, score thresholds '
+            f'{p["self_training"]["score_threshold"][: a.rounds]}; class-agnostic, in %, mean of 200 object-centric and 200 '
+            'scene-centric pictures drawn from another seed. *round*: labels of the detector so far, DropLoss off, as '
+            'in CutLER. *control*: trained on as long with MaskCut\'s labels and DropLoss.',
+            '',
+            '| | iterations | labels | mask AP50 | mask AP | mask AR100 | box AP50 | objects AP50 / AR100 | scenes '
+            'AP50 / AR100 |',
+            '|---|---|---|---|---|---|---|---|---|',
+            *lines,
+        ]
+    )
     print(text)
     if a.write:
         (Path(__file__).parent / 'results').mkdir(exist_ok=True)

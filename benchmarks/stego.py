@@ -10,6 +10,7 @@ of `params.yaml`, or those of another folder of that layout (--train), without l
 the features projected on so many axes, which is faster; features may be kept in a file (--cache), and the CRF left
 out (--crf-every 0). Settings are those of `params.yaml`, section `stego`; `--sweep` varies them one at a time.
 """
+
 import argparse, resource, statistics, tempfile, time
 from pathlib import Path
 
@@ -97,8 +98,7 @@ class Truth:
                 code = (code + labeller.code(self.mirrored[i : i + 20].float()).flip(-1)) / 2
             size = self.maps[i].shape
             pred = (
-                labeller
-                .log_prob(F.interpolate(code, size, mode='bilinear', align_corners=False), 1.0)
+                labeller.log_prob(F.interpolate(code, size, mode='bilinear', align_corners=False), 1.0)
                 .argmax(1)
                 .numpy()
                 + 1

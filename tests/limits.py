@@ -1,7 +1,8 @@
 """The limits of the page. What exceeds them stands in exceptions.yaml:
 
-    python tests/limits.py > tests/exceptions.yaml
+python tests/limits.py > tests/exceptions.yaml
 """
+
 import json
 import re
 import subprocess
@@ -11,10 +12,12 @@ root = Path(__file__).parents[1]
 FORBIDDEN = r'METHOD\b|DESIGN\.md|\.\./shared|U2SEG_SHARED'  # documents and folders that a reader does not have
 
 
-def lines(cell): return [l for l in ''.join(cell['source']).split('\n') if l.strip()]
+def lines(cell):
+    return [l for l in ''.join(cell['source']).split('\n') if l.strip()]
 
 
-def is_wide(line): return len(line) > 120 and not line.startswith('|')           # a row of a table cannot be broken
+def is_wide(line):
+    return len(line) > 120 and not line.startswith('|')  # a row of a table cannot be broken
 
 
 def exported(cells):
@@ -25,11 +28,12 @@ def exported(cells):
 
 def is_shown(cells, i):
     "Is the next cell that is not prose a demo or a test?"
-    following = [c for c in cells[i + 1:] if c['cell_type'] == 'code']
+    following = [c for c in cells[i + 1 :] if c['cell_type'] == 'code']
     return bool(following) and not ''.join(following[0]['source']).startswith('#| export')
 
 
-def draws(cell): return re.match(r'plt\.|fig\b|show\.grid\(|grid\(|sheet\(', (lines(cell) or [''])[-1])
+def draws(cell):
+    return re.match(r'plt\.|fig\b|show\.grid\(|grid\(|sheet\(', (lines(cell) or [''])[-1])
 
 
 def holds_picture(cell):
@@ -51,12 +55,13 @@ def faults_of_notebook(path):
         'cell': max(len(lines(c)) for c in plain) > 30,
         'columns': any(is_wide(l) for c in cells for l in lines(c)),
         'outputs': sum(len(json.dumps(c['outputs'])) for c in code) > 400_000,
-        'prose': prose < .7*len(exports),
-        'demo': demos < .75*len(exports),
+        'prose': prose < 0.7 * len(exports),
+        'demo': demos < 0.75 * len(exports),
         'picture': any(draws(c) and not holds_picture(c) for c in code),
         'def': stage and any(re.match(r'\s*def ', l) for c in code for l in lines(c)),
         'stage cells': stage and len(code) > 12,
-        'words': any(re.search(FORBIDDEN, l) for c in cells for l in lines(c))}
+        'words': any(re.search(FORBIDDEN, l) for c in cells for l in lines(c)),
+    }
     return {kind for kind, exceeded in checks.items() if exceeded}
 
 
@@ -65,7 +70,8 @@ def faults_of_text(path):
     text = re.sub(r'<!-- results -->.*<!-- /results -->', '', path.read_text(), flags=re.S)
     checks = {
         'columns': path.suffix in ('.py', '.md') and any(is_wide(l) for l in text.split('\n')),
-        'words': path != Path(__file__).resolve() and re.search(FORBIDDEN, text)}
+        'words': path != Path(__file__).resolve() and re.search(FORBIDDEN, text),
+    }
     return {kind for kind, exceeded in checks.items() if exceeded}
 
 
@@ -74,9 +80,9 @@ def files():
     command = ['git', 'ls-files', '-co', '--exclude-standard', '--']
     patterns = ['*.ipynb', '*.py', '*.md', '*.yaml', '*.yml', 'Makefile', 'settings.ini']
     listed = subprocess.run(command + patterns, cwd=root, check=True, capture_output=True, text=True).stdout
-    made = ('u2seg/', 'benchmarks/results/')             # exported from notebooks, written by benchmarks
+    made = ('u2seg/', 'benchmarks/results/')  # exported from notebooks, written by benchmarks
     names = [n for n in sorted(listed.split('\n')) if n and not n.startswith(made)]
-    return [root/n for n in names if (root/n).is_file()]
+    return [root / n for n in names if (root / n).is_file()]
 
 
 def measured():
@@ -84,10 +90,12 @@ def measured():
     faults = {}
     for path in files():
         kinds = (faults_of_notebook if path.suffix == '.ipynb' else faults_of_text)(path)
-        if kinds: faults[path.relative_to(root).as_posix()] = sorted(kinds)
+        if kinds:
+            faults[path.relative_to(root).as_posix()] = sorted(kinds)
     return faults
 
 
 if __name__ == '__main__':
     print('# What does not keep the limits of tests/limits.py yet. An entry that is no longer needed fails.')
-    for name, kinds in measured().items(): print(f'{name}: [{", ".join(kinds)}]')
+    for name, kinds in measured().items():
+        print(f'{name}: [{", ".join(kinds)}]')

@@ -1,4 +1,5 @@
 """What a stage computes depends on nothing that the environment says of the processor."""
+
 import os
 import subprocess
 import sys
@@ -46,9 +47,17 @@ index = faiss.IndexFlatL2(192); index.add(n)
 note('faiss', *index.search(n[:5], 7), *index.search(n, 3))
 done
 '''
-OUTER = dict(ATEN_CPU_CAPABILITY='default', ONEDNN_MAX_CPU_ISA='SSE41', MKL_CBWR='AVX2', OMP_NUM_THREADS='3', MKL_NUM_THREADS='3',
-             OPENBLAS_CORETYPE='Nehalem', OPENBLAS_NUM_THREADS='3', NPY_DISABLE_CPU_FEATURES='X86_V3 X86_V4',
-             FAISS_SIMD_LEVEL='NONE')
+OUTER = dict(
+    ATEN_CPU_CAPABILITY='default',
+    ONEDNN_MAX_CPU_ISA='SSE41',
+    MKL_CBWR='AVX2',
+    OMP_NUM_THREADS='3',
+    MKL_NUM_THREADS='3',
+    OPENBLAS_CORETYPE='Nehalem',
+    OPENBLAS_NUM_THREADS='3',
+    NPY_DISABLE_CPU_FEATURES='X86_V3 X86_V4',
+    FAISS_SIMD_LEVEL='NONE',
+)
 able = exact.arithmetic('exact') == 'exact'
 needs_avx2 = pytest.mark.skipif(not able, reason='exact arithmetic needs x86-64 Linux with AVX2')
 
@@ -58,17 +67,19 @@ def probe(tmp_path):
     tagged = lambda source, *tags: new_code_cell(source, metadata=dict(tags=list(tags)))
     parameters, check = tagged("size = 1\nroot = '..'", 'parameters'), tagged('assert size', 'check')
     cells = [new_markdown_cell('# Stage probe: sums'), parameters, check, new_code_cell(PROBE)]
-    (tmp_path/'nbs').mkdir()
-    nbformat.write(new_notebook(cells=cells), tmp_path/'nbs'/'10_run_probe.ipynb')
+    (tmp_path / 'nbs').mkdir()
+    nbformat.write(new_notebook(cells=cells), tmp_path / 'nbs' / '10_run_probe.ipynb')
     params = dict(data=dict(root='.', train=[], val=[]), probe=dict(size=1))
-    (tmp_path/'params.yaml').write_text(yaml.safe_dump(params))
+    (tmp_path / 'params.yaml').write_text(yaml.safe_dump(params))
+
     def run(arithmetic, **given):
         env = {k: v for k, v in os.environ.items() if k not in exact.PINS} | given | dict(U2SEG_ARITHMETIC=arithmetic)
         call = [sys.executable, '-c', 'from u2seg.stage import run_stage; run_stage("probe")']
         p = subprocess.run(call, cwd=tmp_path, env=env, capture_output=True, text=True)
         assert p.returncode == 0, p.stderr
-        done = nbformat.read(tmp_path/'out'/'probe'/'run.ipynb', 4)
+        done = nbformat.read(tmp_path / 'out' / 'probe' / 'run.ipynb', 4)
         return eval(done.cells[-1].outputs[-1].data['text/plain'])
+
     return run
 
 
@@ -82,11 +93,14 @@ def test_settings_from_outside_change_no_bytes(probe):
 
 def test_the_word_is_checked(monkeypatch):
     monkeypatch.setenv('U2SEG_ARITHMETIC', 'quick')
-    with pytest.raises(ValueError, match="U2SEG_ARITHMETIC must be exact or fast, got 'quick'"): exact.arithmetic()
+    with pytest.raises(ValueError, match="U2SEG_ARITHMETIC must be exact or fast, got 'quick'"):
+        exact.arithmetic()
 
 
 def test_a_stage_leaves_the_environment_as_it_was():
     from u2seg.stage import _environment
+
     before = dict(os.environ)
-    with _environment(exact.PINS): assert os.environ['MKL_CBWR'] == 'COMPATIBLE'
+    with _environment(exact.PINS):
+        assert os.environ['MKL_CBWR'] == 'COMPATIBLE'
     assert dict(os.environ) == before

@@ -1,4 +1,5 @@
 "Prediction in users' hands: forms of input, files written, resume, faults."
+
 import json
 import shutil
 import subprocess
@@ -15,42 +16,99 @@ from u2seg.model import build_model
 from u2seg.folder import find_images, predict_folder
 from u2seg.predict import U2Seg, as_image, category_names, free_memory
 
-TINY = dict(n_things=3, n_stuff=2, depth=18, width=8, n_blocks=[1, 1, 1, 1], norm='BN', fpn_norm='BN', fpn_channels=16, fc_dim=16, mask_dim=8, n_mask_convs=1, sem_dim=16, rpn_pre_test=40, rpn_post_test=20,
-            decode='objectness', max_detections=4, panoptic_area=20, min_size=64, max_size=128)
+TINY = dict(
+    n_things=3,
+    n_stuff=2,
+    depth=18,
+    width=8,
+    n_blocks=[1, 1, 1, 1],
+    norm='BN',
+    fpn_norm='BN',
+    fpn_channels=16,
+    fc_dim=16,
+    mask_dim=8,
+    n_mask_convs=1,
+    sem_dim=16,
+    rpn_pre_test=40,
+    rpn_post_test=20,
+    decode='objectness',
+    max_detections=4,
+    panoptic_area=20,
+    min_size=64,
+    max_size=128,
+)
+
 
 @pytest.fixture(scope='module')
 def weights(tmp_path_factory):
     folder = tmp_path_factory.mktemp('model')
     torch.manual_seed(0)
-    save_weights(build_model(TINY), folder/'model.safetensors')
+    save_weights(build_model(TINY), folder / 'model.safetensors')
     return folder
 
-def picture(seed=0, h=48, w=64): return np.random.default_rng(seed).integers(0, 256, (h, w, 3), dtype=np.uint8)
+
+def picture(seed=0, h=48, w=64):
+    return np.random.default_rng(seed).integers(0, 256, (h, w, 3), dtype=np.uint8)
+
 
 def same(a, b):
-    return all(np.array_equal(getattr(a, k), getattr(b, k)) for k in ('boxes', 'scores', 'categories', 'masks', 'semantic', 'ids')) and a.segments == b.segments
+    return (
+        all(
+            np.array_equal(getattr(a, k), getattr(b, k))
+            for k in ('boxes', 'scores', 'categories', 'masks', 'semantic', 'ids')
+        )
+        and a.segments == b.segments
+    )
+
 
 def test_every_form_of_a_picture_gives_the_same(weights, tmp_path):
     model, x = U2Seg.from_pretrained(weights, device='cpu'), picture()
-    write_png(tmp_path/'x.png', x)
+    write_png(tmp_path / 'x.png', x)
     first = model.predict(x)
-    forms = [tmp_path/'x.png', str(tmp_path/'x.png'), Image.fromarray(x), torch.from_numpy(x).permute(2, 0, 1), x.astype(np.float32) / 255]
+    forms = [
+        tmp_path / 'x.png',
+        str(tmp_path / 'x.png'),
+        Image.fromarray(x),
+        torch.from_numpy(x).permute(2, 0, 1),
+        x.astype(np.float32) / 255,
+    ]
     assert all(same(first, model.predict(f)) for f in forms)
     assert [same(first, p) for p in model.predict([x, x, x], batch_size=1)] == [True] * 3
     assert model.predict([]) == []
 
-@pytest.mark.parametrize('wrong', [np.zeros((4, 4, 5), np.uint8), np.zeros((0, 4, 3), np.uint8), np.full((4, 4, 3), 7.), np.zeros((4, 4, 3), np.int64), 3, 'http://x/y.png', torch.zeros(2, 3, 4, 4)])
+
+@pytest.mark.parametrize(
+    'wrong',
+    [
+        np.zeros((4, 4, 5), np.uint8),
+        np.zeros((0, 4, 3), np.uint8),
+        np.full((4, 4, 3), 7.0),
+        np.zeros((4, 4, 3), np.int64),
+        3,
+        'http://x/y.png',
+        torch.zeros(2, 3, 4, 4),
+    ],
+)
 def test_what_is_no_picture_is_refused(wrong):
-    with pytest.raises(ValueError): as_image(wrong)
+    with pytest.raises(ValueError):
+        as_image(wrong)
+
 
 def test_forms_of_one_channel_and_alpha():
     grey = picture()[..., 0]
-    assert (as_image(grey) == grey[..., None]).all() and (as_image(torch.from_numpy(grey)[None]) == grey[..., None]).all()
+    assert (as_image(grey) == grey[..., None]).all() and (
+        as_image(torch.from_numpy(grey)[None]) == grey[..., None]
+    ).all()
     assert as_image(Image.new('RGBA', (3, 2))).shape == (2, 3, 3)
-    turned = Image.new('RGB', (4, 2)); turned.getexif()[0x112] = 6
+    turned = Image.new('RGB', (4, 2))
+    turned.getexif()[0x112] = 6
     import io
-    b = io.BytesIO(); turned.save(b, 'JPEG', exif=turned.getexif()); b.seek(0)
+
+    b = io.BytesIO()
+    turned.save(b, 'JPEG', exif=turned.getexif())
+    b.seek(0)
     assert as_image(Image.open(b)).shape == (4, 2, 3)
+
 
 def test_one_pixel_and_long_pictures(weights):
     model = U2Seg.from_pretrained(weights, device='cpu')
@@ -58,113 +116,177 @@ def test_one_pixel_and_long_pictures(weights):
         p = model.predict(picture(h=h, w=w))
         assert p.ids.shape == p.semantic.shape == (h, w) and p.masks.shape[1:] == (h, w)
 
+
 def test_results_agree_among_themselves(weights):
     p = U2Seg.from_pretrained(weights, device='cpu').predict(picture())
     coco = p.to_coco(7)
     assert len(coco['annotations']) == len(p.instances) == len(p.scores) > 0 and (np.diff(p.scores) <= 0).all()
-    for a, m in zip(coco['annotations'], p.masks): assert (decode_rle(a['segmentation']) == m).all() and a['image_id'] == 7 and 1 <= a['category_id'] <= 3
+    for a, m in zip(coco['annotations'], p.masks):
+        assert (decode_rle(a['segmentation']) == m).all() and a['image_id'] == 7 and 1 <= a['category_id'] <= 3
     assert {s['id'] for s in coco['segments_info']} == set(np.unique(p.ids)) - {0}
-    for s in coco['segments_info']: assert s['area'] == (p.ids == s['id']).sum()
+    for s in coco['segments_info']:
+        assert s['area'] == (p.ids == s['id']).sum()
     json.dumps(coco)
     assert p.overlay().shape == p.image.shape and p.overlay().dtype == np.uint8
     assert all(s['name'].startswith(('thing_', 'stuff_')) for s in p.panoptic[1])
 
+
 def test_instance_only_model_has_a_panoptic_map(tmp_path):
-    save_weights(build_model(dict(TINY, n_things=1, n_stuff=0, panoptic_score=0.)), tmp_path/'model.safetensors')
+    save_weights(build_model(dict(TINY, n_things=1, n_stuff=0, panoptic_score=0.0)), tmp_path / 'model.safetensors')
     p = U2Seg.from_pretrained(tmp_path, device='cpu').predict(picture())
     assert p.semantic is None and p.segments and all(s['category_id'] == 1 for s in p.segments)
 
+
 def test_from_pretrained_and_its_refusals(weights, tmp_path):
-    state = U2Seg.from_pretrained(weights/'model.safetensors', device='cpu').model.state_dict()
-    torch.save(dict(model=state), tmp_path/'a.pth')
-    with pytest.raises(ValueError, match='model.yaml: not there'): U2Seg.from_pretrained(tmp_path/'a.pth')
-    assert same(U2Seg.from_pretrained(tmp_path/'a.pth', config=TINY, device='cpu').predict(picture()), U2Seg.from_pretrained(weights, device='cpu').predict(picture()))
-    assert U2Seg.from_pretrained(tmp_path/'a.pth', config=weights/'model.yaml', device='cpu')
-    with pytest.raises(ValueError, match='does not fit its configuration'): U2Seg.from_pretrained(tmp_path/'a.pth', config=dict(TINY, n_things=9))
-    with pytest.raises(ValueError, match='no such file of weights'): U2Seg.from_pretrained(tmp_path)
-    (tmp_path/'model.safetensors').write_bytes((weights/'model.safetensors').read_bytes()); (tmp_path/'model.yaml').write_text('- 1\n')
-    with pytest.raises(ValueError, match='not a mapping of model settings'): U2Seg.from_pretrained(tmp_path)
+    state = U2Seg.from_pretrained(weights / 'model.safetensors', device='cpu').model.state_dict()
+    torch.save(dict(model=state), tmp_path / 'a.pth')
+    with pytest.raises(ValueError, match='model.yaml: not there'):
+        U2Seg.from_pretrained(tmp_path / 'a.pth')
+    assert same(
+        U2Seg.from_pretrained(tmp_path / 'a.pth', config=TINY, device='cpu').predict(picture()),
+        U2Seg.from_pretrained(weights, device='cpu').predict(picture()),
+    )
+    assert U2Seg.from_pretrained(tmp_path / 'a.pth', config=weights / 'model.yaml', device='cpu')
+    with pytest.raises(ValueError, match='does not fit its configuration'):
+        U2Seg.from_pretrained(tmp_path / 'a.pth', config=dict(TINY, n_things=9))
+    with pytest.raises(ValueError, match='no such file of weights'):
+        U2Seg.from_pretrained(tmp_path)
+    (tmp_path / 'model.safetensors').write_bytes((weights / 'model.safetensors').read_bytes())
+    (tmp_path / 'model.yaml').write_text('- 1\n')
+    with pytest.raises(ValueError, match='not a mapping of model settings'):
+        U2Seg.from_pretrained(tmp_path)
+
 
 def test_names(tmp_path):
-    (tmp_path/'mapping.json').write_text('{"2": "cat"}')
-    assert category_names(2, 1, tmp_path/'mapping.json') == {1: 'thing_1', 2: 'cat', 3: 'stuff_1'}
+    (tmp_path / 'mapping.json').write_text('{"2": "cat"}')
+    assert category_names(2, 1, tmp_path / 'mapping.json') == {1: 'thing_1', 2: 'cat', 3: 'stuff_1'}
     for bad in ('{"9": "cat"}', '{"x": "cat"}', '{"1": 3}', '[]', '{'):
-        (tmp_path/'mapping.json').write_text(bad)
-        with pytest.raises(ValueError, match='mapping.json'): category_names(2, 1, tmp_path/'mapping.json')
+        (tmp_path / 'mapping.json').write_text(bad)
+        with pytest.raises(ValueError, match='mapping.json'):
+            category_names(2, 1, tmp_path / 'mapping.json')
+
 
 def test_find_images(tmp_path):
-    for n in ('a.png', 'sub/a.png', 'sub/b.png'): write_png(tmp_path/n, picture())
-    (tmp_path/'a.bmp').write_bytes((tmp_path/'a.png').read_bytes())
-    root, items = find_images([tmp_path/'sub', str(tmp_path/'*.*'), tmp_path/'a.png'])
+    for n in ('a.png', 'sub/a.png', 'sub/b.png'):
+        write_png(tmp_path / n, picture())
+    (tmp_path / 'a.bmp').write_bytes((tmp_path / 'a.png').read_bytes())
+    root, items = find_images([tmp_path / 'sub', str(tmp_path / '*.*'), tmp_path / 'a.png'])
     assert root == tmp_path and [i['file_name'] for i in items] == ['sub/a.png', 'sub/b.png', 'a.bmp', 'a.png']
-    assert len({i['overlay'] for i in items}) == 4                         # a.bmp and a.png do not overwrite each other
-    with pytest.raises(ValueError, match='no such image'): find_images(tmp_path/'*.tif')
+    assert len({i['overlay'] for i in items}) == 4  # a.bmp and a.png do not overwrite each other
+    with pytest.raises(ValueError, match='no such image'):
+        find_images(tmp_path / '*.tif')
+
 
 def test_links_and_long_names(weights, tmp_path):
-    for n in ('x' * 251 + '.png', 'y' * 252 + '.im'): write_png(tmp_path/'disk'/'long.png', picture()); (tmp_path/'disk'/'long.png').rename(tmp_path/'disk'/n)
-    (tmp_path/'in').mkdir(); (tmp_path/'in'/'a').symlink_to('../disk'); (tmp_path/'in'/'loop').symlink_to('.'); (tmp_path/'in'/'gone.png').symlink_to('nothing')
-    told = predict_folder([tmp_path/'in', str(tmp_path/'in'/'**'/'*.*'), tmp_path/'disk'], weights, tmp_path/'out', device='cpu')
-    assert told['images'] == 2 and len(list((tmp_path/'out'/'overlay').rglob('*.png'))) == 2           # each file once, whatever leads to it
-    (skipped,) = read_json(tmp_path/'out'/'skipped.json')
+    for n in ('x' * 251 + '.png', 'y' * 252 + '.im'):
+        write_png(tmp_path / 'disk' / 'long.png', picture())
+        (tmp_path / 'disk' / 'long.png').rename(tmp_path / 'disk' / n)
+    (tmp_path / 'in').mkdir()
+    (tmp_path / 'in' / 'a').symlink_to('../disk')
+    (tmp_path / 'in' / 'loop').symlink_to('.')
+    (tmp_path / 'in' / 'gone.png').symlink_to('nothing')
+    told = predict_folder(
+        [tmp_path / 'in', str(tmp_path / 'in' / '**' / '*.*'), tmp_path / 'disk'],
+        weights,
+        tmp_path / 'out',
+        device='cpu',
+    )
+    assert (
+        told['images'] == 2 and len(list((tmp_path / 'out' / 'overlay').rglob('*.png'))) == 2
+    )  # each file once, whatever leads to it
+    (skipped,) = read_json(tmp_path / 'out' / 'skipped.json')
     assert skipped['file_name'].endswith('gone.png') and 'no such file' in skipped['reason']
 
+
 def test_folder_files_resume_and_faults(weights, tmp_path, monkeypatch):
-    for i in range(4): write_png(tmp_path/'in'/f'{i}.png', picture(i))
-    (tmp_path/'in'/'bad.jpg').write_bytes(b'\xff\xd8broken')
-    out = tmp_path/'out'
-    told = predict_folder(tmp_path/'in', weights, out, device='cpu')
-    assert told['images'] == 4 and told['skipped'] == 1 and read_json(out/'skipped.json')[0]['file_name'] == 'bad.jpg'
-    panoptic, instances = read_json(out/'panoptic.json'), read_json(out/'instances.json')
-    assert len(panoptic['images']) == 4 and len(instances['annotations']) == told['instances'] and [c['id'] for c in panoptic['categories']] == [1, 2, 3, 4, 5]
+    for i in range(4):
+        write_png(tmp_path / 'in' / f'{i}.png', picture(i))
+    (tmp_path / 'in' / 'bad.jpg').write_bytes(b'\xff\xd8broken')
+    out = tmp_path / 'out'
+    told = predict_folder(tmp_path / 'in', weights, out, device='cpu')
+    assert told['images'] == 4 and told['skipped'] == 1 and read_json(out / 'skipped.json')[0]['file_name'] == 'bad.jpg'
+    panoptic, instances = read_json(out / 'panoptic.json'), read_json(out / 'instances.json')
+    assert (
+        len(panoptic['images']) == 4
+        and len(instances['annotations']) == told['instances']
+        and [c['id'] for c in panoptic['categories']] == [1, 2, 3, 4, 5]
+    )
     model = U2Seg.from_pretrained(weights, device='cpu')
     for a in panoptic['annotations']:
-        ids, name = read_ids(out/'panoptic'/a['file_name']), next(i['file_name'] for i in panoptic['images'] if i['id'] == a['image_id'])
+        ids, name = (
+            read_ids(out / 'panoptic' / a['file_name']),
+            next(i['file_name'] for i in panoptic['images'] if i['id'] == a['image_id']),
+        )
         assert {s['id'] for s in a['segments_info']} == set(np.unique(ids)) - {0}
-        assert (ids == model.predict(tmp_path/'in'/name).ids).mean() > .99
-    assert len(list((out/'overlay').glob('*.png'))) == 4
+        assert (ids == model.predict(tmp_path / 'in' / name).ids).mean() > 0.99
+    assert len(list((out / 'overlay').glob('*.png'))) == 4
     files = {f: f.read_bytes() for f in out.rglob('*') if f.is_file() and '.work' not in f.parts}
-    (out/'overlay'/'2.png').unlink(); (out/'panoptic.json').unlink()
+    (out / 'overlay' / '2.png').unlink()
+    (out / 'panoptic.json').unlink()
     calls, run = [], U2Seg._batch
     monkeypatch.setattr(U2Seg, '_batch', lambda self, images: calls.append(len(images)) or run(self, images))
-    predict_folder(tmp_path/'in', weights, out, device='cpu')
-    assert calls == [1]                                                    # only the picture whose overlay was deleted is seen again
+    predict_folder(tmp_path / 'in', weights, out, device='cpu')
+    assert calls == [1]  # only the picture whose overlay was deleted is seen again
     assert {f: f.read_bytes() for f in out.rglob('*') if f.is_file() and '.work' not in f.parts} == files
 
+
 def test_a_replaced_photo_and_a_mended_one_are_predicted_anew(weights, tmp_path):
-    for i in range(3): write_png(tmp_path/'in'/f'{i}.png', picture(i))
-    (tmp_path/'in'/'broken.png').write_bytes((tmp_path/'in'/'0.png').read_bytes()[:400])
-    assert predict_folder(tmp_path/'in', weights, tmp_path/'out', device='cpu')['skipped'] == 1
-    write_png(tmp_path/'in'/'1.png', picture(9)); write_png(tmp_path/'in'/'broken.png', picture(8))
-    for out in ('out', 'fresh'): assert predict_folder(tmp_path/'in', weights, tmp_path/out, device='cpu')['images'] == 4
-    results = lambda out: {f.relative_to(out): f.read_bytes() for f in out.rglob('*') if f.is_file() and '.work' not in f.parts}
-    assert results(tmp_path/'out') == results(tmp_path/'fresh')
+    for i in range(3):
+        write_png(tmp_path / 'in' / f'{i}.png', picture(i))
+    (tmp_path / 'in' / 'broken.png').write_bytes((tmp_path / 'in' / '0.png').read_bytes()[:400])
+    assert predict_folder(tmp_path / 'in', weights, tmp_path / 'out', device='cpu')['skipped'] == 1
+    write_png(tmp_path / 'in' / '1.png', picture(9))
+    write_png(tmp_path / 'in' / 'broken.png', picture(8))
+    for out in ('out', 'fresh'):
+        assert predict_folder(tmp_path / 'in', weights, tmp_path / out, device='cpu')['images'] == 4
+    results = lambda out: {
+        f.relative_to(out): f.read_bytes() for f in out.rglob('*') if f.is_file() and '.work' not in f.parts
+    }
+    assert results(tmp_path / 'out') == results(tmp_path / 'fresh')
+
 
 def test_results_of_others_are_not_overwritten(weights, tmp_path):
-    for name in 'ab': write_png(tmp_path/'in'/f'{name}.png', picture(ord(name)))
-    one, out = tmp_path/'in'/'a.png', tmp_path/'out'
+    for name in 'ab':
+        write_png(tmp_path / 'in' / f'{name}.png', picture(ord(name)))
+    one, out = tmp_path / 'in' / 'a.png', tmp_path / 'out'
     predict_folder(one, weights, out, device='cpu')
     first = {f: f.read_bytes() for f in out.rglob('*') if f.is_file()}
-    with pytest.raises(ValueError, match='1 other image, such as .*a.png'): predict_folder(tmp_path/'in'/'b.png', weights, out, device='cpu')
-    other = build_model(TINY); save_weights(other, tmp_path/'other'/'model.safetensors'); shutil.copy(weights/'model.yaml', tmp_path/'other')
-    with pytest.raises(ValueError, match='another model'): predict_folder(one, tmp_path/'other', out, device='cpu')
+    with pytest.raises(ValueError, match='1 other image, such as .*a.png'):
+        predict_folder(tmp_path / 'in' / 'b.png', weights, out, device='cpu')
+    other = build_model(TINY)
+    save_weights(other, tmp_path / 'other' / 'model.safetensors')
+    shutil.copy(weights / 'model.yaml', tmp_path / 'other')
+    with pytest.raises(ValueError, match='another model'):
+        predict_folder(one, tmp_path / 'other', out, device='cpu')
     assert {f: f.read_bytes() for f in out.rglob('*') if f.is_file()} == first
-    assert predict_folder(tmp_path/'in', weights, out, device='cpu')['images'] == 2                     # a folder may grow
-    with pytest.raises(ValueError, match='is a file'): predict_folder(one, weights, one, device='cpu')
+    assert predict_folder(tmp_path / 'in', weights, out, device='cpu')['images'] == 2  # a folder may grow
+    with pytest.raises(ValueError, match='is a file'):
+        predict_folder(one, weights, one, device='cpu')
+
 
 def test_memory_runs_out_half_the_batch(weights, monkeypatch):
     model, run, seen = U2Seg.from_pretrained(weights, device='cpu'), U2Seg._batch, []
+
     def scarce(self, images):
-        if len(images) > 2: raise torch.OutOfMemoryError('full')
-        seen.append(len(images)); return run(self, images)
+        if len(images) > 2:
+            raise torch.OutOfMemoryError('full')
+        seen.append(len(images))
+        return run(self, images)
+
     monkeypatch.setattr(U2Seg, '_batch', scarce)
     assert len(model.predict([picture(i) for i in range(5)], batch_size=5)) == 5 and seen == [2, 2, 1]
+
 
 def test_batches_and_modes(weights):
     model, x = U2Seg.from_pretrained(weights, device='cpu'), picture()
     first = model.predict(x)
-    for batch in (np.stack([x, x]), torch.from_numpy(np.stack([x, x])).permute(0, 3, 1, 2)): assert [same(first, p) for p in model.predict(batch)] == [True, True]
-    deep = Image.fromarray((np.arange(64 * 48, dtype=np.uint16).reshape(48, 64) * 20))           # 16-bit grey is scaled, not clipped
+    for batch in (np.stack([x, x]), torch.from_numpy(np.stack([x, x])).permute(0, 3, 1, 2)):
+        assert [same(first, p) for p in model.predict(batch)] == [True, True]
+    deep = Image.fromarray(
+        (np.arange(64 * 48, dtype=np.uint16).reshape(48, 64) * 20)
+    )  # 16-bit grey is scaled, not clipped
     assert len(np.unique(as_image(deep))) > 200
+
 
 def test_how_many_fit(weights):
     model = U2Seg.from_pretrained(weights, device='cpu')
@@ -173,83 +295,163 @@ def test_how_many_fit(weights):
     assert 1 <= large < 8 and model.fitting([(300, 400)] * 8, free=2 * 10**9) == 8
     assert free_memory('cpu') > 2**26
 
+
 def test_one_picture_too_large_is_one_sentence(weights, monkeypatch):
     model = U2Seg.from_pretrained(weights, device='cpu')
-    def full(self, images): raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    def full(self, images):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
     monkeypatch.setattr(U2Seg, '_batch', full)
-    with pytest.raises(ValueError, match='one image of 64 x 48 pixels; make it smaller'): model.predict([picture(), picture()])
+    with pytest.raises(ValueError, match='one image of 64 x 48 pixels; make it smaller'):
+        model.predict([picture(), picture()])
     for kind in (RuntimeError, NotImplementedError, torch.linalg.LinAlgError, torch.AcceleratorError):
-        def bug(self, images): raise kind('a fault of the program')
+
+        def bug(self, images):
+            raise kind('a fault of the program')
+
         monkeypatch.setattr(U2Seg, '_batch', bug)
-        with pytest.raises(kind, match='of the program'): model.predict([picture(), picture()])
+        with pytest.raises(kind, match='of the program'):
+            model.predict([picture(), picture()])
+
 
 @pytest.mark.parametrize('device', ['gpu', 'CPU', 'cpu:1', 'mps', 'cuda:99', 'meta', '', 7.5])
 def test_a_device_that_is_not_there_is_one_sentence(weights, device):
-    with pytest.raises(ValueError, match=f"^device '{device}' is not there; this machine has cpu[^\\n]*$"): U2Seg.from_pretrained(weights, device=device)
+    with pytest.raises(ValueError, match=f"^device '{device}' is not there; this machine has cpu[^\\n]*$"):
+        U2Seg.from_pretrained(weights, device=device)
+
 
 @pytest.mark.parametrize('n', [0, -1, 2.5, '4'])
 def test_a_batch_size_that_is_none_is_refused(weights, tmp_path, n):
-    write_png(tmp_path/'a.png', picture())
-    with pytest.raises(ValueError, match='batch_size must be a whole number of at least 1'): U2Seg.from_pretrained(weights, device='cpu').predict([picture()], batch_size=n)
-    with pytest.raises(ValueError, match='batch_size must be a whole number of at least 1'): predict_folder(tmp_path/'a.png', weights, tmp_path/'out', device='cpu', batch_size=n)
+    write_png(tmp_path / 'a.png', picture())
+    with pytest.raises(ValueError, match='batch_size must be a whole number of at least 1'):
+        U2Seg.from_pretrained(weights, device='cpu').predict([picture()], batch_size=n)
+    with pytest.raises(ValueError, match='batch_size must be a whole number of at least 1'):
+        predict_folder(tmp_path / 'a.png', weights, tmp_path / 'out', device='cpu', batch_size=n)
+
 
 def test_devices_that_are_there(weights):
-    assert U2Seg.from_pretrained(weights, device='cpu:0').device == U2Seg.from_pretrained(weights, device=torch.device('cpu')).device == 'cpu'
+    assert (
+        U2Seg.from_pretrained(weights, device='cpu:0').device
+        == U2Seg.from_pretrained(weights, device=torch.device('cpu')).device
+        == 'cpu'
+    )
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="device 'cuda' is not there; this machine has cpu$"): U2Seg.from_pretrained(weights, device='cuda')
+        with pytest.raises(ValueError, match="device 'cuda' is not there; this machine has cpu$"):
+            U2Seg.from_pretrained(weights, device='cuda')
+
 
 def test_names_of_the_stage_evaluate(weights, tmp_path):
     import hashlib, shutil
-    shutil.copytree(weights, tmp_path/'train')
-    digest = hashlib.sha256((weights/'model.safetensors').read_bytes()).hexdigest()
-    write_json(tmp_path/'evaluate'/'mapping.json', dict(model=digest, fitted_on='train', mappings={}, names={'2': 'cat'}))
-    assert U2Seg.from_pretrained(tmp_path/'train', device='cpu').names[2] == 'cat'
-    write_json(tmp_path/'train'/'mapping.json', {'2': 'dog'})                                      # beside the weights goes first
-    assert U2Seg.from_pretrained(tmp_path/'train', device='cpu').names[2] == 'dog'
-    (tmp_path/'train'/'mapping.json').unlink()
-    write_json(tmp_path/'evaluate'/'mapping.json', dict(model='0' * 64, names={'2': 'cat'}))       # of another model: not used
-    assert U2Seg.from_pretrained(tmp_path/'train', device='cpu').names[2] == 'thing_2'
+
+    shutil.copytree(weights, tmp_path / 'train')
+    digest = hashlib.sha256((weights / 'model.safetensors').read_bytes()).hexdigest()
+    write_json(
+        tmp_path / 'evaluate' / 'mapping.json', dict(model=digest, fitted_on='train', mappings={}, names={'2': 'cat'})
+    )
+    assert U2Seg.from_pretrained(tmp_path / 'train', device='cpu').names[2] == 'cat'
+    write_json(tmp_path / 'train' / 'mapping.json', {'2': 'dog'})  # beside the weights goes first
+    assert U2Seg.from_pretrained(tmp_path / 'train', device='cpu').names[2] == 'dog'
+    (tmp_path / 'train' / 'mapping.json').unlink()
+    write_json(
+        tmp_path / 'evaluate' / 'mapping.json', dict(model='0' * 64, names={'2': 'cat'})
+    )  # of another model: not used
+    assert U2Seg.from_pretrained(tmp_path / 'train', device='cpu').names[2] == 'thing_2'
+
 
 def test_results_among_the_pictures_are_not_pictures(weights, tmp_path):
-    write_png(tmp_path/'a.png', picture())
-    for _ in range(2): assert predict_folder(tmp_path, weights, tmp_path/'segmented', device='cpu')['images'] == 1
-    with pytest.raises(ValueError, match='no image outside'): find_images(tmp_path/'segmented'/'overlay', without=tmp_path/'segmented')
+    write_png(tmp_path / 'a.png', picture())
+    for _ in range(2):
+        assert predict_folder(tmp_path, weights, tmp_path / 'segmented', device='cpu')['images'] == 1
+    with pytest.raises(ValueError, match='no image outside'):
+        find_images(tmp_path / 'segmented' / 'overlay', without=tmp_path / 'segmented')
+
 
 def test_command_line(weights, tmp_path, capsys, monkeypatch):
     from u2seg.cli import main
-    write_png(tmp_path/'a.png', picture()); (tmp_path/'b.jpg').write_bytes(b'x')
-    assert main(['predict', str(tmp_path/'*.*g'), '--weights', str(weights), '--out', str(tmp_path/'out'), '--device', 'cpu']) == 0
-    assert '1 picture, ' in (said := capsys.readouterr().out) and '1 could not be read' in said
-    assert main(['predict', str(tmp_path/'a.png'), '--weights', str(weights), '--out', str(tmp_path/'out2'), '--device', 'gpu']) == 1
-    assert capsys.readouterr().err == "u2seg: device 'gpu' is not there; this machine has cpu" + ''.join(f', cuda:{i}' for i in range(torch.cuda.device_count())) + '\n'
+
+    write_png(tmp_path / 'a.png', picture())
+    (tmp_path / 'b.jpg').write_bytes(b'x')
+    assert (
+        main(
+            [
+                'predict',
+                str(tmp_path / '*.*g'),
+                '--weights',
+                str(weights),
+                '--out',
+                str(tmp_path / 'out'),
+                '--device',
+                'cpu',
+            ]
+        )
+        == 0
+    )
+    assert '1 image, ' in (said := capsys.readouterr().out) and '1 could not be read' in said
+    assert (
+        main(
+            [
+                'predict',
+                str(tmp_path / 'a.png'),
+                '--weights',
+                str(weights),
+                '--out',
+                str(tmp_path / 'out2'),
+                '--device',
+                'gpu',
+            ]
+        )
+        == 1
+    )
+    assert (
+        capsys.readouterr().err
+        == "u2seg: device 'gpu' is not there; this machine has cpu"
+        + ''.join(f', cuda:{i}' for i in range(torch.cuda.device_count()))
+        + '\n'
+    )
     monkeypatch.chdir(tmp_path)
     assert main(['predict', 'a.png']) == 1 and 'dvc pull' in (err := capsys.readouterr().err) and err.count('\n') == 1
 
+
 def test_the_module_is_the_command():
     import subprocess, sys
-    done = subprocess.run([sys.executable, '-m', 'u2seg.cli', 'predict', 'no/such/file.jpg'], capture_output=True, text=True)
+
+    done = subprocess.run(
+        [sys.executable, '-m', 'u2seg.cli', 'predict', 'no/such/file.jpg'], capture_output=True, text=True
+    )
     assert done.returncode == 1 and done.stderr == 'u2seg: no/such/file.jpg: no such image or folder\n'
+
 
 def test_layers(weights):
     p = U2Seg.from_pretrained(weights, device='cpu').predict(picture())
-    assert {layer: p.overlay(layer).shape for layer in ('panoptic', 'instances', 'semantic')} == dict.fromkeys(('panoptic', 'instances', 'semantic'), p.image.shape)
-    assert (p.overlay('instances', score=2.) == p.image).all() and (p.overlay('instances', alpha=0.) != p.overlay('instances')).any()
-    with pytest.raises(ValueError, match="got 'x'"): p.overlay('x')
+    assert {layer: p.overlay(layer).shape for layer in ('panoptic', 'instances', 'semantic')} == dict.fromkeys(
+        ('panoptic', 'instances', 'semantic'), p.image.shape
+    )
+    assert (p.overlay('instances', score=2.0) == p.image).all() and (
+        p.overlay('instances', alpha=0.0) != p.overlay('instances')
+    ).any()
+    with pytest.raises(ValueError, match="got 'x'"):
+        p.overlay('x')
+
 
 def test_the_controls_of_the_notebook(monkeypatch):
     "The cell that is skipped when notebooks are tested: the controls redraw the picture."
     import nbformat, os
     from pathlib import Path
+
     root = Path(__file__).parents[1]
-    monkeypatch.chdir(root/'nbs')
+    monkeypatch.chdir(root / 'nbs')
     space = {}
     for c in nbformat.read('91_try.ipynb', 4).cells:
-        if c.cell_type == 'code': exec(c.source, space)                # our own notebook
+        if c.cell_type == 'code':
+            exec(c.source, space)  # our own notebook
     control = {w.description: w for w in space['view'].widget.children if hasattr(w, 'description')}
     before = space['view'](**{k: control[k].value for k in ('layer', 'score', 'alpha')})
-    for layer in control['layer'].options: control['layer'].value = layer
-    control['score'].value = 1.
-    assert before.size == space['view']('instances', 1., .55).size
+    for layer in control['layer'].options:
+        control['layer'].value = layer
+    control['score'].value = 1.0
+    assert before.size == space['view']('instances', 1.0, 0.55).size
+
 
 PEAK = """
 import resource, sys
@@ -260,17 +462,37 @@ predict_folder(sys.argv[1] + '/photos', sys.argv[1], sys.argv[1] + '/out')
 print(peak() - before)
 """
 
+
 @pytest.mark.skipif(sys.platform != 'linux', reason='peak memory is read as Linux reports it')
 def test_a_photo_of_48_megapixels_fits_into_2_gib(tmp_path):
-    config = dict(n_things=9, n_stuff=27, depth=18, width=8, n_blocks=[1, 1, 1, 1], norm='GN', fpn_norm='GN',
-                  fpn_channels=16, fc_dim=16, mask_dim=8, n_mask_convs=1, sem_dim=16, decode='objectness',
-                  rpn_pre_test=60, rpn_post_test=60, min_size=96, max_size=160, score_threshold=.01,
-                  panoptic_score=.01, panoptic_area=20)
-    save_weights(build_model(config), tmp_path/'model.safetensors')
-    (tmp_path/'photos').mkdir()
+    config = dict(
+        n_things=9,
+        n_stuff=27,
+        depth=18,
+        width=8,
+        n_blocks=[1, 1, 1, 1],
+        norm='GN',
+        fpn_norm='GN',
+        fpn_channels=16,
+        fc_dim=16,
+        mask_dim=8,
+        n_mask_convs=1,
+        sem_dim=16,
+        decode='objectness',
+        rpn_pre_test=60,
+        rpn_post_test=60,
+        min_size=96,
+        max_size=160,
+        score_threshold=0.01,
+        panoptic_score=0.01,
+        panoptic_area=20,
+    )
+    save_weights(build_model(config), tmp_path / 'model.safetensors')
+    (tmp_path / 'photos').mkdir()
     small = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8))
-    small.resize((8000, 6000)).save(tmp_path/'photos'/'photo.jpg')
+    small.resize((8000, 6000)).save(tmp_path / 'photos' / 'photo.jpg')
     run = subprocess.run([sys.executable, '-c', PEAK, str(tmp_path)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    with Image.open(tmp_path/'out'/'panoptic'/'000000000001.png') as ids: assert ids.size == (8000, 6000)
-    assert int(run.stdout) < 2*2**30, f'{int(run.stdout)/2**30:.2f} GiB'
+    with Image.open(tmp_path / 'out' / 'panoptic' / '000000000001.png') as ids:
+        assert ids.size == (8000, 6000)
+    assert int(run.stdout) < 2 * 2**30, f'{int(run.stdout) / 2**30:.2f} GiB'

@@ -1,4 +1,5 @@
 "Recipes: differences laid over the default, comments kept, and back to the same bytes."
+
 import os
 import shutil
 import subprocess
@@ -16,60 +17,96 @@ NAMES = [n for n in R.recipes(root) if n != 'embedded']
 
 def flat(d, at=''):
     out = {}
-    for k, v in d.items(): out |= flat(v, f'{at}{k}.') if isinstance(v, dict) and v else {f'{at}{k}': v}
+    for k, v in d.items():
+        out |= flat(v, f'{at}{k}.') if isinstance(v, dict) and v else {f'{at}{k}': v}
     return out
 
 
 @pytest.fixture
 def repo(tmp_path):
-    shutil.copytree(root/'configs', tmp_path/'configs')
-    shutil.copy(root/'params.yaml', tmp_path)
+    shutil.copytree(root / 'configs', tmp_path / 'configs')
+    shutil.copy(root / 'params.yaml', tmp_path)
     return tmp_path
 
 
 def test_the_committed_parameters_are_the_default_and_few():
-    text = (root/'params.yaml').read_text()
+    text = (root / 'params.yaml').read_text()
     assert text == R.compose('embedded', root)
     assert len(flat(yaml.safe_load(text))) <= 205
-    assert sum(len(p.read_text().splitlines()) for p in (root/'configs').rglob('*.yaml')) <= 350
+    assert sum(len(p.read_text().splitlines()) for p in (root / 'configs').rglob('*.yaml')) <= 350
 
 
 @pytest.mark.parametrize('name', NAMES)
 def test_a_recipe_is_the_default_and_what_differs(name, repo):
     R.use(name, repo)
-    got = yaml.safe_load((repo/'params.yaml').read_text())
+    got = yaml.safe_load((repo / 'params.yaml').read_text())
     changes, names = R.differences(name, root)
     assert got == R.overlay(yaml.safe_load(R.EMBEDDED.read_text()), changes) and names[-1] == 'embedded'
-    lines = [l.split('#', 1)[1].strip() for l in (repo/'params.yaml').read_text().splitlines() if '#' in l]
+    lines = [l.split('#', 1)[1].strip() for l in (repo / 'params.yaml').read_text().splitlines() if '#' in l]
     default = [l.split('#', 1)[1].strip() for l in R.EMBEDDED.read_text().split('\n\n', 1)[1].splitlines() if '#' in l]
-    assert [l for l in default if l not in lines] == []                       # every comment is kept
+    assert [l for l in default if l not in lines] == []  # every comment is kept
     R.use('embedded', repo)
-    assert (repo/'params.yaml').read_bytes() == (root/'params.yaml').read_bytes()
+    assert (repo / 'params.yaml').read_bytes() == (root / 'params.yaml').read_bytes()
 
 
 def test_the_recipes_of_the_paper_by_hand():
     get = lambda name: flat(yaml.safe_load(R.compose(name, root)))
     coco, voc = get('coco'), get('voc')
-    assert coco['train.solver.n_iters'] == 90000 and coco['solver.gamma'] == .02 and coco['solver.weight_decay'] == 5e-5
-    assert coco['fewshot.solver.clip_type'] is None and coco['train.solver.loss_weights'] == {} and coco['network.depth'] == 50
-    assert {k for k in voc if voc[k] != coco.get(k)} == {'data.root', 'data.train', 'data.val', 'train.solver.n_iters', 'train.solver.milestones', 'train.solver.gamma',
-                                                       'evaluate.match_score', 'evaluate.match_iou', 'evaluate.classes', 'evaluate.n_fit_images'}
+    assert (
+        coco['train.solver.n_iters'] == 90000 and coco['solver.gamma'] == 0.02 and coco['solver.weight_decay'] == 5e-5
+    )
+    assert (
+        coco['fewshot.solver.clip_type'] is None
+        and coco['train.solver.loss_weights'] == {}
+        and coco['network.depth'] == 50
+    )
+    assert {k for k in voc if voc[k] != coco.get(k)} == {
+        'data.root',
+        'data.train',
+        'data.val',
+        'train.solver.n_iters',
+        'train.solver.milestones',
+        'train.solver.gamma',
+        'evaluate.match_score',
+        'evaluate.match_iou',
+        'evaluate.classes',
+        'evaluate.n_fit_images',
+    }
 
 
-@pytest.mark.parametrize('text,message', [
-    ('train: {k: 1}\n', 'has no base'), ('base: coc\n', "no recipe 'coc'; the recipes are embedded"), ('base: mine\n', 'its own base'),
-    ('base: coco\ntrain: {solver: {lrr: 1}}\n', 'unknown parameter solver.lrr'), ('base: coco\nx: {}\n', 'unknown parameter x'), ('3', 'must be a mapping')])
+@pytest.mark.parametrize(
+    'text,message',
+    [
+        ('train: {k: 1}\n', 'has no base'),
+        ('base: coc\n', "no recipe 'coc'; the recipes are embedded"),
+        ('base: mine\n', 'its own base'),
+        ('base: coco\ntrain: {solver: {lrr: 1}}\n', 'unknown parameter solver.lrr'),
+        ('base: coco\nx: {}\n', 'unknown parameter x'),
+        ('3', 'must be a mapping'),
+    ],
+)
 def test_a_recipe_that_cannot_be_leaves_params_alone(repo, text, message):
-    (repo/'configs'/'mine.yaml').write_text(text)
-    with pytest.raises(ValueError, match=message): R.use('mine', repo)
-    assert (repo/'params.yaml').read_bytes() == (root/'params.yaml').read_bytes()
+    (repo / 'configs' / 'mine.yaml').write_text(text)
+    with pytest.raises(ValueError, match=message):
+        R.use('mine', repo)
+    assert (repo / 'params.yaml').read_bytes() == (root / 'params.yaml').read_bytes()
 
 
 def test_the_command(repo):
     env = os.environ | {'PYTHONPATH': str(root)}
-    run = lambda *a: subprocess.run([sys.executable, '-c', 'from u2seg.cli import main; raise SystemExit(main())', *a], cwd=repo, env=env, capture_output=True, text=True)
+    run = lambda *a: subprocess.run(
+        [sys.executable, '-c', 'from u2seg.cli import main; raise SystemExit(main())', *a],
+        cwd=repo,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     said = run('use').stdout
-    assert all(f'\n{n}: ' in said for n in NAMES) and 'Expect (the paper): PQ 16.1' in said and 'Cost, about 335 GPU-hours' in said
-    assert run('use', 'coco').returncode == 0 and 'Written by `u2seg use coco`' in (repo/'params.yaml').read_text()
+    assert (
+        all(f'\n{n}: ' in said for n in NAMES)
+        and 'Expect (the paper): PQ 16.1' in said
+        and 'Cost, about 335 GPU-hours' in said
+    )
+    assert run('use', 'coco').returncode == 0 and 'Written by `u2seg use coco`' in (repo / 'params.yaml').read_text()
     wrong = run('use', 'cocoo')
     assert wrong.returncode == 1 and wrong.stderr.startswith("u2seg: no recipe 'cocoo'")

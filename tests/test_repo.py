@@ -1,4 +1,5 @@
 """The repository as a whole: library and notebooks agree, notebooks are clean and small, each knob has one place."""
+
 import ast
 import configparser
 import json
@@ -20,7 +21,7 @@ from u2seg import recipes as R
 from u2seg import stage as S
 
 root = Path(__file__).parents[1]
-notebooks = sorted((root/'nbs').glob('*.ipynb'))
+notebooks = sorted((root / 'nbs').glob('*.ipynb'))
 bin_ = Path(sys.executable).parent
 
 
@@ -29,27 +30,30 @@ def copy(tmp_path_factory):
     "A copy of what nbdev works on."
     to = tmp_path_factory.mktemp('copy')
     ignore = shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints', '_proc')
-    for name in ('nbs', 'u2seg'): shutil.copytree(root/name, to/name, ignore=ignore)
-    for name in ('settings.ini', 'README.md', 'setup.py'): shutil.copy(root/name, to/name)
+    for name in ('nbs', 'u2seg'):
+        shutil.copytree(root / name, to / name, ignore=ignore)
+    for name in ('settings.ini', 'README.md', 'setup.py'):
+        shutil.copy(root / name, to / name)
     return to
 
 
-def run(copy, command): subprocess.run([bin_/command], cwd=copy, check=True, env=os.environ | {'PYTHONPATH': str(copy)})
+def run(copy, command):
+    subprocess.run([bin_ / command], cwd=copy, check=True, env=os.environ | {'PYTHONPATH': str(copy)})
 
 
 def test_library_is_what_the_notebooks_export(copy):
-    before = {p.name: p.read_text() for p in (copy/'u2seg').glob('*.py')}
+    before = {p.name: p.read_text() for p in (copy / 'u2seg').glob('*.py')}
     run(copy, 'nbdev_export')
-    after = {p.name: p.read_text() for p in (copy/'u2seg').glob('*.py')}
+    after = {p.name: p.read_text() for p in (copy / 'u2seg').glob('*.py')}
     assert before.keys() == after.keys()
     changed = [n for n in after if after[n] != before[n]]
     assert changed == [], 'run nbdev_export (or nbdev_update, if the module was edited)'
 
 
 def test_notebooks_are_clean(copy):
-    before = {p.name: p.read_bytes() for p in (copy/'nbs').glob('*.ipynb')}
+    before = {p.name: p.read_bytes() for p in (copy / 'nbs').glob('*.ipynb')}
     run(copy, 'nbdev_clean')
-    assert [n for n in before if (copy/'nbs'/n).read_bytes() != before[n]] == [], 'run nbdev_clean'
+    assert [n for n in before if (copy / 'nbs' / n).read_bytes() != before[n]] == [], 'run nbdev_clean'
 
 
 @pytest.mark.parametrize('path', notebooks, ids=lambda p: p.stem)
@@ -62,7 +66,7 @@ def test_notebook_is_valid_and_keeps_no_error(path):
 
 def test_the_limits_of_the_page():
     "tests/limits.py measures them; exceptions.yaml holds what exceeds them, and nothing else."
-    known, measured = yaml.safe_load((root/'tests'/'exceptions.yaml').read_text()) or {}, limits.measured()
+    known, measured = yaml.safe_load((root / 'tests' / 'exceptions.yaml').read_text()) or {}, limits.measured()
     faults = {(name, kind) for name, kinds in measured.items() for kind in kinds}
     excused = {(name, kind) for name, kinds in known.items() for kind in kinds}
     assert faults - excused == set(), 'these exceed a limit'
@@ -71,43 +75,51 @@ def test_the_limits_of_the_page():
 
 def test_the_limits_are_measured(tmp_path):
     "Each kind is found in a notebook that has it, and in no other."
+
     def cell(source, kind='code', id='x', tags=(), outputs=()):
         own = dict(outputs=list(outputs)) if kind == 'code' else {}
         return dict(cell_type=kind, id=id, source=source, metadata=dict(tags=list(tags)), **own)
+
     def faults(*cells, name='20_x.ipynb'):
-        (tmp_path/name).write_text(json.dumps(dict(cells=cells)))
-        return limits.faults_of_notebook(tmp_path/name)
+        (tmp_path / name).write_text(json.dumps(dict(cells=cells)))
+        return limits.faults_of_notebook(tmp_path / name)
+
     prose, export, demo = cell('Text.', 'markdown'), cell('#| export\nx = 1'), cell('x')
     picture = dict(data={'image/png': 'x'})
     assert faults(prose, export, demo) == set()
     assert faults(export, demo) == {'prose'} and faults(prose, export) == {'demo'}
-    assert faults(*[demo]*41) == {'cells'} and faults(cell('x\n'*31)) == {'cell'}
-    assert faults(*[cell('x\n'*30)]*11) == {'lines'} and faults(cell('x\n'*31, tags=['parameters']), demo) == set()
-    assert faults(demo, cell('x'*121, 'markdown')) == {'columns'} and faults(demo, cell('|'*121, 'markdown')) == set()
-    assert faults(cell('x', outputs=[dict(text='x'*400_000)])) == {'outputs'}
+    assert faults(*[demo] * 41) == {'cells'} and faults(cell('x\n' * 31)) == {'cell'}
+    assert (
+        faults(*[cell('x\n' * 30)] * 11) == {'lines'} and faults(cell('x\n' * 31, tags=['parameters']), demo) == set()
+    )
+    assert (
+        faults(demo, cell('x' * 121, 'markdown')) == {'columns'} and faults(demo, cell('|' * 121, 'markdown')) == set()
+    )
+    assert faults(cell('x', outputs=[dict(text='x' * 400_000)])) == {'outputs'}
     assert faults(cell('grid([x])')) == {'picture'} and faults(cell('grid([x])', outputs=[picture])) == set()
     assert faults(cell('def f(): pass'), name='20_run_x.ipynb') == {'def'}
-    assert faults(*[demo]*13, name='20_run_x.ipynb') == {'stage cells'}
+    assert faults(*[demo] * 13, name='20_run_x.ipynb') == {'stage cells'}
     assert faults(demo, cell('see MET' + 'HOD, section 1', 'markdown')) == {'words'}
 
 
 def test_the_contents_name_every_notebook():
-    cells = {c['id']: c.source for c in nbformat.read(root/'nbs'/'00_overview.ipynb', 4).cells}
+    cells = {c['id']: c.source for c in nbformat.read(root / 'nbs' / '00_overview.ipynb', 4).cells}
     named = re.findall(r'^- \[(\w+)\]\((\w+)\.ipynb\): \S.+$', cells['contents'], re.M)
     assert [b for _, b in named] == [p.stem for p in notebooks][1:] and all(a == b for a, b in named)
 
 
 def test_readme_is_short():
-    assert len((root/'README.md').read_text().splitlines()) <= 130
+    assert len((root / 'README.md').read_text().splitlines()) <= 130
 
 
 def test_module_imports_only_from_lower_numbers():
     number = {}
     for p in notebooks:
         m = re.search(r'#\| *default_exp +(\w+)', p.read_text())
-        if m: number[m[1]] = int(p.name[:2])
-    for name in number.keys() - {'cli'}:                      # the command line imports what a verb needs
-        for other in imports((root/'u2seg'/f'{name}.py').read_text()):
+        if m:
+            number[m[1]] = int(p.name[:2])
+    for name in number.keys() - {'cli'}:  # the command line imports what a verb needs
+        for other in imports((root / 'u2seg' / f'{name}.py').read_text()):
             assert number[other] < number[name], f'{name} imports from {other}'
 
 
@@ -122,14 +134,16 @@ def test_params_are_the_notebooks_defaults():
 
 @pytest.mark.parametrize('recipe', list(R.recipes(root)))
 def test_recipes_fit_the_stages(recipe, tmp_path):
-    for name in ('nbs', 'configs'): (tmp_path/name).symlink_to(root/name)
+    for name in ('nbs', 'configs'):
+        (tmp_path / name).symlink_to(root / name)
     R.use(recipe, tmp_path)
     assert S.check_stages(tmp_path) == S.stages(root)
 
 
 def test_only_evaluation_reads_ground_truth():
     for name in S.stages(root):
-        if name in ('evaluate', 'fewshot'): continue
+        if name in ('evaluate', 'fewshot'):
+            continue
         path = S.stage_notebook(root, name)
         assert 'annotations/' not in path.read_text() and 'data_val' not in S.declared(nbformat.read(path, 4)), name
 
@@ -142,38 +156,43 @@ def imports(source):
 
 
 def test_pipeline_names_every_stage_and_its_modules():
-    dvc = yaml.safe_load((root/'dvc.yaml').read_text())['stages']
+    dvc = yaml.safe_load((root / 'dvc.yaml').read_text())['stages']
     assert list(dvc) == S.stages(root)
     for name, stage in dvc.items():
         shared = S.declared(nbformat.read(S.stage_notebook(root, name), 4)).keys() & {*S.SHARED}
         assert stage['cmd'] == f'u2seg run {name}'
         assert {name, *shared} <= {p for p in stage['params'] if isinstance(p, str)}
-        if name == 'features': continue                       # retrained only when its parameters change
+        if name == 'features':
+            continue  # retrained only when its parameters change
         notebook = S.stage_notebook(root, name)
         assert f'nbs/{notebook.name}' in stage['deps']
         todo = imports('\n'.join(c.source for c in nbformat.read(notebook, 4).cells if c.cell_type == 'code'))
         used = set(todo)
-        while todo:                                           # whatever those import in turn
-            for m in imports((root/'u2seg'/f'{todo.pop()}.py').read_text()):
-                if m not in used: used.add(m); todo.append(m)
+        while todo:  # whatever those import in turn
+            for m in imports((root / 'u2seg' / f'{todo.pop()}.py').read_text()):
+                if m not in used:
+                    used.add(m)
+                    todo.append(m)
         assert {f'u2seg/{m}.py' for m in used} <= {*stage['deps']}, name
-    assert (root/'dvc.yaml').read_text() == P.pipeline(root), 'run u2seg dvc'
+    assert (root / 'dvc.yaml').read_text() == P.pipeline(root), 'run u2seg dvc'
 
 
 def test_random_state_and_checkpoints_name_their_device():
     "fork_rng without `devices` keeps the state of every GPU; load without `map_location` needs the GPU that saved."
     needs = dict(fork_rng={'devices'}, load={'map_location', 'weights_only'})
-    for path in sorted((root/'u2seg').glob('*.py')):
+    for path in sorted((root / 'u2seg').glob('*.py')):
         for call in ast.walk(ast.parse(path.read_text())):
-            if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute): continue
-            if not ast.unparse(call.func).startswith('torch.'): continue
+            if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
+                continue
+            if not ast.unparse(call.func).startswith('torch.'):
+                continue
             given = {k.arg for k in call.keywords}
             assert needs.get(call.func.attr, set()) <= given, f'{path.name}: {ast.unparse(call)[:80]}'
 
 
 def settings():
     parser = configparser.ConfigParser(delimiters=['='], interpolation=None)
-    parser.read(root/'settings.ini')
+    parser.read(root / 'settings.ini')
     return dict(parser['DEFAULT'])
 
 
@@ -181,35 +200,36 @@ def test_the_package_cannot_be_taken_for_the_authors():
     "github.com/u2seg/u2seg is the repository of the paper's authors, u2seg.github.io their page."
     own = settings()
     assert own['lib_name'] == 'u2seg-notebooks' and own['lib_path'] == 'u2seg'
-    for path in [root/'settings.ini', root/'setup.py', root/'CITATION.cff', *(root/'u2seg').glob('*.py')]:
+    for path in [root / 'settings.ini', root / 'setup.py', root / 'CITATION.cff', *(root / 'u2seg').glob('*.py')]:
         assert 'github.com/u2seg' not in path.read_text() and 'u2seg.github.io' not in path.read_text(), path.name
-    assert (root/own['nbs_path']/own['readme_nb']).is_file()
-    first = (root/'README.md').read_text()[:600]
+    assert (root / own['nbs_path'] / own['readme_nb']).is_file()
+    first = (root / 'README.md').read_text()[:600]
     assert 'independent implementation' in first
 
 
 def test_the_citation_names_this_version_and_the_paper():
-    cff, own = yaml.safe_load((root/'CITATION.cff').read_text()), settings()
+    cff, own = yaml.safe_load((root / 'CITATION.cff').read_text()), settings()
     assert cff['version'] == own['version'] and cff['title'].startswith(own['lib_name'])
     assert [r['title'] for r in cff['references']] == ['Unsupervised Universal Image Segmentation']
-    assert f"\n## {own['version']}\n" in (root/'CHANGELOG.md').read_text()
+    assert f"\n## {own['version']}\n" in (root / 'CHANGELOG.md').read_text()
 
 
 def test_the_package_holds_its_data(tmp_path):
     "What is not a module travels too: the mark of types, the default parameters."
     command = [sys.executable, 'setup.py', '-q', 'build_py', '-d', tmp_path]
     subprocess.run(command, cwd=root, check=True, capture_output=True)
-    files = {p.name for p in (tmp_path/'u2seg').iterdir() if p.is_file()}
+    files = {p.name for p in (tmp_path / 'u2seg').iterdir() if p.is_file()}
     assert {name for name in files if not name.endswith('.py')} == {'py.typed', 'embedded.yaml'}
 
 
 def test_the_command_names_the_distribution(capsys):
-    with pytest.raises(SystemExit) as e: cli.main(['--version'])
+    with pytest.raises(SystemExit) as e:
+        cli.main(['--version'])
     assert e.value.code == 0 and capsys.readouterr().out == f"u2seg-notebooks {settings()['version']}\n"
 
 
 def test_public_ci_and_hooks_call_what_is_here():
-    job = yaml.safe_load((root/'.github'/'workflows'/'test.yml').read_text())['jobs']['test']
-    assert job['steps'][-1] == {'run': 'make test'} and '\ntest: ' in (root/'Makefile').read_text()
-    hooks = yaml.safe_load((root/'.pre-commit-config.yaml').read_text())['repos'][0]['hooks']
+    job = yaml.safe_load((root / '.github' / 'workflows' / 'test.yml').read_text())['jobs']['test']
+    assert job['steps'][-1] == {'run': 'make test'} and '\ntest: ' in (root / 'Makefile').read_text()
+    hooks = yaml.safe_load((root / '.pre-commit-config.yaml').read_text())['repos'][0]['hooks']
     assert [h['id'] for h in hooks] == ['nbdev_clean', 'nbdev_export']

@@ -1,4 +1,6 @@
-"""Two hosts over loopback, labelling and training together; a worker is killed on the way and restarted: nothing lost, nothing twice."""
+"""Two hosts over loopback, labelling and training together; a worker is killed on the way and restarted: nothing
+lost, nothing twice."""
+
 import json, os, signal, socket, subprocess, sys, time
 from pathlib import Path
 
@@ -44,69 +46,130 @@ write_json(out/f'weights{rank}.json', {k: v.tolist() for k, v in net.state_dict(
 def given(tmp_path_factory):
     import numpy as np
     from u2seg.images import instances_json, write_json, write_png
+
     given, rng = tmp_path_factory.mktemp('given'), np.random.default_rng(0)
-    for i in range(8): write_png(given/f'{i}.png', (x := rng.integers(0, 256, (16, 20, 3), dtype=np.uint8))); write_png(given/'stuff'/f'{i + 1:012d}.png', x[..., 0] % 4)
-    write_json(given/'instances.json', instances_json([dict(id=i + 1, file_name=f'{i}.png', height=16, width=20) for i in range(8)], [], [dict(id=1, name='x')]))
-    (given/'worker.py').write_text(WORKER)
+    for i in range(8):
+        write_png(given / f'{i}.png', (x := rng.integers(0, 256, (16, 20, 3), dtype=np.uint8)))
+        write_png(given / 'stuff' / f'{i + 1:012d}.png', x[..., 0] % 4)
+    write_json(
+        given / 'instances.json',
+        instances_json(
+            [dict(id=i + 1, file_name=f'{i}.png', height=16, width=20) for i in range(8)], [], [dict(id=1, name='x')]
+        ),
+    )
+    (given / 'worker.py').write_text(WORKER)
     return given
 
 
 def free_port():
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
 
-ENV = {k: v for k, v in os.environ.items() if k not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')} | dict(OMP_NUM_THREADS='1', GLOO_SOCKET_IFNAME='lo', MASTER_ADDR='127.0.0.1')
+
+ENV = {k: v for k, v in os.environ.items() if k not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')} | dict(
+    OMP_NUM_THREADS='1', GLOO_SOCKET_IFNAME='lo', MASTER_ADDR='127.0.0.1'
+)
+
 
 def torchrun(given, out):
     "Two agents that meet at a port of loopback, one worker each."
     out.mkdir()
-    cmd = [sys.executable, '-m', 'torch.distributed.run', '--nnodes', '2', '--nproc-per-node', '1', '--rdzv-backend', 'c10d', '--rdzv-id', 'x', '--rdzv-endpoint', f'127.0.0.1:{free_port()}', '--max-restarts', '3', '--monitor-interval', '0.1',
-           '--local-addr', '127.0.0.1', str(given/'worker.py'), str(given), str(out), 'label']
-    return [subprocess.Popen(cmd, env=ENV, stdout=subprocess.DEVNULL, stderr=open(out/f'host{i}.log', 'w')) for i in range(2)]
+    cmd = [
+        sys.executable,
+        '-m',
+        'torch.distributed.run',
+        '--nnodes',
+        '2',
+        '--nproc-per-node',
+        '1',
+        '--rdzv-backend',
+        'c10d',
+        '--rdzv-id',
+        'x',
+        '--rdzv-endpoint',
+        f'127.0.0.1:{free_port()}',
+        '--max-restarts',
+        '3',
+        '--monitor-interval',
+        '0.1',
+        '--local-addr',
+        '127.0.0.1',
+        str(given / 'worker.py'),
+        str(given),
+        str(out),
+        'label',
+    ]
+    return [
+        subprocess.Popen(cmd, env=ENV, stdout=subprocess.DEVNULL, stderr=open(out / f'host{i}.log', 'w'))
+        for i in range(2)
+    ]
+
 
 def workers(given, out):
     "Two workers as a scheduler would start them."
     out.mkdir(exist_ok=True)
     port = str(free_port())
-    return [subprocess.Popen([sys.executable, str(given/'worker.py'), str(given), str(out), 'train'], env=ENV | dict(MASTER_PORT=port, RANK=str(i), WORLD_SIZE='2'), stdout=subprocess.DEVNULL, stderr=open(out/f'host{i}.log', 'w')) for i in range(2)]
+    return [
+        subprocess.Popen(
+            [sys.executable, str(given / 'worker.py'), str(given), str(out), 'train'],
+            env=ENV | dict(MASTER_PORT=port, RANK=str(i), WORLD_SIZE='2'),
+            stdout=subprocess.DEVNULL,
+            stderr=open(out / f'host{i}.log', 'w'),
+        )
+        for i in range(2)
+    ]
 
 
 def finish(ps, out):
-    try: codes = [p.wait(120) for p in ps]
-    except subprocess.TimeoutExpired: codes = [p.poll() for p in ps]
-    finally: [p.kill() for p in ps if p.poll() is None]
-    assert codes == [0, 0], ''.join((out/f'host{i}.log').read_text()[-3000:] for i in range(2))
+    try:
+        codes = [p.wait(120) for p in ps]
+    except subprocess.TimeoutExpired:
+        codes = [p.poll() for p in ps]
+    finally:
+        [p.kill() for p in ps if p.poll() is None]
+    assert codes == [0, 0], ''.join((out / f'host{i}.log').read_text()[-3000:] for i in range(2))
 
 
 def wait_for(seen, ps, seconds=90):
     end = time.monotonic() + seconds
     while not seen():
-        assert time.monotonic() < end and all(p.poll() is None for p in ps), 'the hosts ended before they could be disturbed'
-        time.sleep(.01)
+        assert time.monotonic() < end and all(p.poll() is None for p in ps), (
+            'the hosts ended before they could be disturbed'
+        )
+        time.sleep(0.01)
 
 
 def shards_in_order(out):
-    done = [int(l.split()[1]) for l in (out/'done').read_text().splitlines()]
-    assert [r['square'] for r in json.loads((out/'records0.json').read_bytes())] == [i * i for i in range(60)] and set(done) == set(range(60))
+    done = [int(l.split()[1]) for l in (out / 'done').read_text().splitlines()]
+    assert [r['square'] for r in json.loads((out / 'records0.json').read_bytes())] == [
+        i * i for i in range(60)
+    ] and set(done) == set(range(60))
     return len(done)
 
 
 def test_torchrun_restarts_a_killed_worker_and_the_labels_are_those_of_one(given, tmp_path):
-    out = tmp_path/'killed'
+    out = tmp_path / 'killed'
     ps = torchrun(given, out)
-    wait_for(lambda: len(list(out.rglob('shard_*.json'))) >= 4, ps); os.kill(int((out/'pids').read_text().split()[-1]), signal.SIGKILL)
+    wait_for(lambda: len(list(out.rglob('shard_*.json'))) >= 4, ps)
+    os.kill(int((out / 'pids').read_text().split()[-1]), signal.SIGKILL)
     finish(ps, out)
-    assert (out/'records0.json').read_bytes() == (out/'records1.json').read_bytes() and len((out/'pids').read_text().splitlines()) >= 3
-    assert shards_in_order(out) - 60 <= 6                                    # made twice: at most the shard that each worker had in hand
+    assert (out / 'records0.json').read_bytes() == (out / 'records1.json').read_bytes() and len(
+        (out / 'pids').read_text().splitlines()
+    ) >= 3
+    assert shards_in_order(out) - 60 <= 6  # made twice: at most the shard that each worker had in hand
 
 
 def test_training_goes_on_after_a_host_is_lost(given, tmp_path):
-    finish(workers(given, tmp_path/'whole'), tmp_path/'whole')
-    assert shards_in_order(tmp_path/'whole') == 60                           # undisturbed: nothing is made twice
-    out = tmp_path/'killed'
+    finish(workers(given, tmp_path / 'whole'), tmp_path / 'whole')
+    assert shards_in_order(tmp_path / 'whole') == 60  # undisturbed: nothing is made twice
+    out = tmp_path / 'killed'
     ps = workers(given, out)
-    wait_for(lambda: (out/'train'/'checkpoint.pt').exists(), ps); ps[1].kill()
-    assert ps[0].wait(60) != 0                                               # alone it cannot go on, and says so
-    assert not (out/'weights0.json').exists()
+    wait_for(lambda: (out / 'train' / 'checkpoint.pt').exists(), ps)
+    ps[1].kill()
+    assert ps[0].wait(60) != 0  # alone it cannot go on, and says so
+    assert not (out / 'weights0.json').exists()
     finish(workers(given, out), out)
-    for name in ('records0.json', 'records1.json', 'weights0.json', 'weights1.json'): assert (out/name).read_bytes() == (tmp_path/'whole'/name).read_bytes(), name
-    assert (out/'weights0.json').read_bytes() == (out/'weights1.json').read_bytes()
+    for name in ('records0.json', 'records1.json', 'weights0.json', 'weights1.json'):
+        assert (out / name).read_bytes() == (tmp_path / 'whole' / name).read_bytes(), name
+    assert (out / 'weights0.json').read_bytes() == (out / 'weights1.json').read_bytes()

@@ -1,4 +1,5 @@
 """The site, built from a few pages, or one that is there (U2SEG_SITE=_docs/site): every link leads somewhere."""
+
 import html.parser
 import json
 import os
@@ -17,31 +18,46 @@ root = Path(__file__).parents[1]
 
 
 class Page(html.parser.HTMLParser):
-    def __init__(self): super().__init__(); self.links, self.ids, self.images, self.text = [], set(), [], []
+    def __init__(self):
+        super().__init__()
+        self.links, self.ids, self.images, self.text = [], set(), [], []
+
     def handle_starttag(self, tag, attrs):
         a = dict(attrs)
-        if tag == 'a' and a.get('href'): self.links.append(a['href'])
-        if tag in ('img', 'script') and a.get('src'): self.images.append(a['src'])
-        if tag == 'link' and a.get('href') and a.get('rel') != 'canonical': self.images.append(a['href'])
+        if tag == 'a' and a.get('href'):
+            self.links.append(a['href'])
+        if tag in ('img', 'script') and a.get('src'):
+            self.images.append(a['src'])
+        if tag == 'link' and a.get('href') and a.get('rel') != 'canonical':
+            self.images.append(a['href'])
         self.ids |= {a[k] for k in ('id', 'name') if a.get(k)}
-    def handle_data(self, data): self.text.append(data)
+
+    def handle_data(self, data):
+        self.text.append(data)
 
 
 def faults(folder):
     "What leads nowhere: (page, link)."
     pages = {}
-    for p in sorted(folder.rglob('*.html')): pages[p] = Page(); pages[p].feed(p.read_text())
+    for p in sorted(folder.rglob('*.html')):
+        pages[p] = Page()
+        pages[p].feed(p.read_text())
     out = []
     for p, page in pages.items():
-        if p.name == '404.html': continue                                 # its links are those of the host's root
+        if p.name == '404.html':
+            continue  # its links are those of the host's root
         for link in page.links + page.images:
             u = urlsplit(link)
-            if u.scheme or u.netloc or link.startswith(('data:', 'javascript:')): continue
-            to = (p.parent/unquote(u.path)).resolve() if u.path else p
-            if to.is_dir(): to = to/'index.html'
-            if not to.exists(): out.append((p.name, link))
+            if u.scheme or u.netloc or link.startswith(('data:', 'javascript:')):
+                continue
+            to = (p.parent / unquote(u.path)).resolve() if u.path else p
+            if to.is_dir():
+                to = to / 'index.html'
+            if not to.exists():
+                out.append((p.name, link))
             elif u.fragment and to in pages and link in page.links:
-                if unquote(u.fragment) not in pages[to].ids: out.append((p.name, link))
+                if unquote(u.fragment) not in pages[to].ids:
+                    out.append((p.name, link))
     return pages, out
 
 
@@ -56,33 +72,35 @@ def links(path):
 
 
 def test_every_link_of_notebooks_and_readme_leads_to_a_file():
-    for path in [*root.glob('*.md'), *(root/'nbs').glob('*.ipynb')]:
+    for path in [*root.glob('*.md'), *(root / 'nbs').glob('*.ipynb')]:
         for link in links(path):
-            if link.startswith(('http', '#')): continue
-            assert (path.parent/link.split('#')[0]).exists(), f'{path.name}: {link}'
+            if link.startswith(('http', '#')):
+                continue
+            assert (path.parent / link.split('#')[0]).exists(), f'{path.name}: {link}'
 
 
 def test_links_of_the_book_s_sources(tmp_path):
     "Without building: pages that notebooks and README point to are there, and no placeholder is shown."
-    site.prepare(root, tmp_path/'docs')
-    pages = tmp_path/'docs'/'pages'
+    site.prepare(root, tmp_path / 'docs')
+    pages = tmp_path / 'docs' / 'pages'
     for path in [*pages.glob('*.ipynb'), *pages.glob('*.md')]:
         for link in links(path):
             name = link.split('#')[0]
-            if link.startswith(('http', '#')): continue
-            assert (pages/name).exists() or (pages/name.replace('.html', '.ipynb')).exists(), f'{path.name}: {link}'
-    for path in [tmp_path/'docs'/'mkdocs.yml', *pages.rglob('*.md'), *pages.glob('*.ipynb')]:
+            if link.startswith(('http', '#')):
+                continue
+            assert (pages / name).exists() or (pages / name.replace('.html', '.ipynb')).exists(), f'{path.name}: {link}'
+    for path in [tmp_path / 'docs' / 'mkdocs.yml', *pages.rglob('*.md'), *pages.glob('*.ipynb')]:
         assert 'example.org/u2seg' not in path.read_text(), f'{path.name}: a placeholder is shown'
 
 
 def test_every_page_leads_to_its_neighbours(tmp_path):
-    site.prepare(root, tmp_path/'docs')
+    site.prepare(root, tmp_path / 'docs')
     book = [c.path.stem for c in site.chapters(root)]
     for i, name in enumerate(book):
-        last = links(tmp_path/'docs'/'pages'/f'{name}.ipynb')
+        last = links(tmp_path / 'docs' / 'pages' / f'{name}.ipynb')
         neighbours = [f'{book[j]}.html' for j in (i - 1, i + 1) if 0 <= j < len(book)]
-        assert last[-len(neighbours):] == neighbours, name
-    index = json.loads((tmp_path/'docs'/'pages'/'index.ipynb').read_text())
+        assert last[-len(neighbours) :] == neighbours, name
+    index = json.loads((tmp_path / 'docs' / 'pages' / 'index.ipynb').read_text())
     assert ''.join(index['cells'][0]['source']).startswith('# Overview')
 
 
@@ -90,29 +108,33 @@ def present(menu, pages):
     "The menu's entries that have a page."
     kept = []
     for entry in menu:
-        (title, to), = entry.items()
-        if isinstance(to, list): to = present(to, pages)
-        if to and (isinstance(to, list) or (pages/to).exists()): kept.append({title: to})
+        ((title, to),) = entry.items()
+        if isinstance(to, list):
+            to = present(to, pages)
+        if to and (isinstance(to, list) or (pages / to).exists()):
+            kept.append({title: to})
     return kept
 
 
 def build(docs):
     "A small site: six chapters."
-    pages, path = docs/'pages', docs/'mkdocs.yml'
-    for p in sorted(pages.glob('[0-9]*.ipynb'))[6:]: p.unlink()
+    pages, path = docs / 'pages', docs / 'mkdocs.yml'
+    for p in sorted(pages.glob('[0-9]*.ipynb'))[6:]:
+        p.unlink()
     config = yaml.safe_load(path.read_text())
     path.write_text(yaml.safe_dump(config | dict(nav=present(config['nav'], pages))))
     command = [sys.executable, '-m', 'mkdocs', 'build', '-q', '-f', str(path)]
     subprocess.run(command, check=True, env=os.environ | dict(NO_MKDOCS_2_WARNING='1'))
-    return docs/'site'
+    return docs / 'site'
 
 
 def test_no_broken_link_or_image(tmp_path):
     built = os.environ.get('U2SEG_SITE')
     if not built:
         pytest.importorskip('mkdocs', reason='mkdocs is not installed: make docs installs it')
-        site.prepare(root, tmp_path/'docs')
-    pages, broken = faults((Path(built) if built else build(tmp_path/'docs')).resolve())
-    if not built: broken = [(p, l) for p, l in broken if not re.match(r'\d\d_\w+\.(html|ipynb)', l)]   # left out
+        site.prepare(root, tmp_path / 'docs')
+    pages, broken = faults((Path(built) if built else build(tmp_path / 'docs')).resolve())
+    if not built:
+        broken = [(p, l) for p, l in broken if not re.match(r'\d\d_\w+\.(html|ipynb)', l)]  # left out
     assert len(pages) > 10 and not broken, broken[:20]
     assert all(len(' '.join(page.text)) > 200 for page in pages.values())
