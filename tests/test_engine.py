@@ -10,6 +10,7 @@ import torch
 
 from u2seg.images import encode_rle, instances_json, write_png
 from u2seg.checkpoints import load_weights, save_weights
+from u2seg import cascade, rpn
 from u2seg.model import build_model
 from u2seg.augment import Augment
 from u2seg.solver import Solver, check_solver
@@ -24,7 +25,6 @@ needs = pytest.mark.skipif(
 )
 if detectron2:
     import u2seg.engine as E
-    import u2seg.model as ours
     import detectron2.modeling.proposal_generator.rpn as d2_rpn, detectron2.modeling.roi_heads.roi_heads as d2_roi_heads
     from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
     from detectron2.checkpoint import DetectionCheckpointer
@@ -140,7 +140,8 @@ def test_absent_it_says_so_in_one_sentence():
 
 def test_the_check_before_training_says_it_as_well(monkeypatch):
     monkeypatch.setitem(sys.modules, 'detectron2', None)
-    monkeypatch.delitem(sys.modules, 'u2seg.engine', raising=False)
+    for name in 'u2seg.engine', 'u2seg.detectron':
+        monkeypatch.delitem(sys.modules, name, raising=False)
     solver = Solver(batch_size=2, **{k: v for k, v in RECIPE.items() if k != 'log_every'})
     with pytest.raises(ValueError, match="engine 'detectron2' needs detectron2"):
         check_solver(solver, n_procs=1, engine='detectron2')
@@ -213,7 +214,8 @@ def first_ones(monkeypatch):
 
     monkeypatch.setattr(d2_rpn, 'subsample_labels', subsample)
     monkeypatch.setattr(d2_roi_heads, 'subsample_labels', subsample)
-    monkeypatch.setattr(ours, 'random_keys', lambda n, seed, device: torch.arange(n, dtype=torch.float))
+    for module in rpn, cascade:
+        monkeypatch.setattr(module, 'random_keys', lambda n, seed, device: torch.arange(n).float())
 
 
 @needs
