@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from fastcore.basics import patch
 
+from . import naming
 from .baselines import ImagePrediction
 from .evaluate import Mapping, class_pq, count_votes, image_pq, semantic_map
 from .images import read_image
-from .naming import save_names, usage
 from .show import Picture, grid, overlay, readable
 from .truth import GroundTruth, truth_map
 
@@ -130,15 +131,6 @@ class View:
         rows = [tiles[titles.index(t)::len(titles)] for t in ('image', 'ground truth', 'U2Seg') if t in titles]
         return grid([t for row in rows for t in row], n_columns=len(rows[0]))
 
-    def summary(self, **options)->Summary: # of `count_votes`
-        return _labelled(self, options) if self.truths else _unlabelled(self, options['n_clusters'], options['n_stuff'])
-
-    def save_names(self, path:str|Path, *, model:str|Path)->dict[str, str]: # as of `naming.save_names`
-        split = list(self.images)[-1]
-        names = self.truths[split].names if self.truths else {}
-        fitted_on = self.where(split) if self.truths else 'nothing: clusters keep their numbers'
-        return save_names(path, self.mapping('U2Seg', split), names, model=model, fitted_on=fitted_on)
-
 # %% ../nbs/78_figures.ipynb #summaries
 def _labelled(view, options):
     split = list(view.images)[-1]
@@ -146,15 +138,30 @@ def _labelled(view, options):
     votes = count_votes(view.predictions[split]['U2Seg'], truth, **options).things
     pq = {m: class_pq(view.predictions[split][m], truth, view.mapping(m, split)) for m in view.methods.values()}
     used, pure = int((votes.sum(1) > 0).sum()), votes.max(1).sum()/max(votes.sum(), 1)
-    text = f'{used} of {len(votes)} clusters have votes; {pure:.0%} of the votes are for the class that their cluster gets'
+    text = (f'{used} of {len(votes)} clusters have votes; '
+            f'{pure:.0%} of the votes are for the class that their cluster gets')
     scores = {s: image_pq(view.predictions[s]['U2Seg'], t, view.mapping('U2Seg', s)) for s, t in view.truths.items()}
     figs = dict(matching=votes_figure(votes, [truth.names[c] for c in truth.things]), classes=class_figure(pq))
     return Summary(figs, text, {s: lowest(view.images[s], scores[s]) for s in view.truths})
 
 def _unlabelled(view, n_clusters, n_stuff):
     split = list(view.images)[-1]
-    counts, void = usage(view.predictions[split]['U2Seg'], n_clusters + n_stuff)
+    counts, void = naming.usage(view.predictions[split]['U2Seg'], n_clusters + n_stuff)
     things, stuff = counts[:n_clusters], counts[n_clusters:]
     figs = dict(matching=usage_figure(things), classes=usage_figure(stuff, by_count=False))
     return Summary(figs, f'{int((things > 0).sum())} of {n_clusters} clusters are seen',
                    {split: lowest(view.images[split], {i: -v for i, v in void.items()})})
+
+# %% ../nbs/78_figures.ipynb #summary
+@patch
+def summary(self:View, **options)->Summary: # of `count_votes`
+    "Figures, findings and failures."
+    return _labelled(self, options) if self.truths else _unlabelled(self, options['n_clusters'], options['n_stuff'])
+
+@patch
+def save_names(self:View, path:str|Path, *, model:str|Path)->dict[str, str]: # as of `naming.save_names`
+    "Write the names of U2Seg's clusters."
+    split = list(self.images)[-1]
+    names = self.truths[split].names if self.truths else {}
+    fitted_on = self.where(split) if self.truths else 'nothing: clusters keep their numbers'
+    return naming.save_names(path, self.mapping('U2Seg', split), names, model=model, fitted_on=fitted_on)
