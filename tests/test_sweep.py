@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import yaml
 
+from u2seg import margins as M
 from u2seg import sweep as S
 from u2seg.results import read_rows
 from u2seg.stage import load_params
@@ -212,16 +213,16 @@ def test_summaries_by_hand():
             ('a', 1, 'x', 'L', 0.4),
         )
     ]
-    mean, spread, n = S.mean_and_spread([r for r in rows if r['method'] == 'U'], 'PQ')
+    mean, spread, n = M.mean_and_spread([r for r in rows if r['method'] == 'U'], 'PQ')
     assert (round(mean, 9), n) == (0.4, 2) and abs(
         spread - np.std([0.5, 0.3], ddof=1)
     ) < 1e-12  # splits first, then seeds
-    m = S.margin(rows, dict(method='U'), dict(method='L'), 'PQ')
+    m = M.margin(rows, dict(method='U'), dict(method='L'), 'PQ')
     assert np.allclose([m['mean'], m['least'], m['most']], [-0.05, -0.1, 0]) and m['verdict'] == 'the seeds disagree'
     assert (
-        S.margin(rows, dict(method='U'), dict(method='L', split='y'), 'PQ') is None
-        and S.mean_and_spread(rows, 'SQ') is None
+        M.margin(rows, dict(method='U'), dict(method='L', split='y'), 'PQ') is None
+        and M.mean_and_spread(rows, 'SQ') is None
     )
-    assert '| a | 40.0 ± 14.1 |' in S.summary(rows, ['PQ'], method='U')
-    assert '| b | 20.0 (1 of 2 seeds) |' in S.summary([*rows, dict(rows[0], setting='b', PQ=0.2)], ['PQ'], method='U')
-    assert S.margin(rows[4:], dict(method='L'), dict(method='L'), 'PQ')['verdict'] == 'equal'
+    assert '| a | 40.0 ± 14.1 |' in M.summary(rows, ['PQ'], method='U')
+    assert '| b | 20.0 (1 of 2 seeds) |' in M.summary([*rows, dict(rows[0], setting='b', PQ=0.2)], ['PQ'], method='U')
+    assert M.margin(rows[4:], dict(method='L'), dict(method='L'), 'PQ')['verdict'] == 'equal'
