@@ -62,7 +62,8 @@ def merged(instances:list[dict],  # of one image, category_id = cluster + 1
            scored:bool=True,      # as in `ImagePrediction`
            )->ImagePrediction:
     "Instances and a stuff map put together."
-    ids, segments = merge(instances, semantic, n_clusters=n_clusters, max_cover=max_cover, score_threshold=score_threshold)
+    ids, segments = merge(instances, semantic, n_clusters=n_clusters, max_cover=max_cover,
+                          score_threshold=score_threshold)
     stuff = pack((semantic + 1).astype(np.uint8))
     return ImagePrediction(instances=_complete(instances), scored=scored, semantic=stuff, stuff=stuff,
                            ids=pack(ids.astype(np.uint16)), segments=segments)
@@ -80,8 +81,8 @@ def _prediction(image_id, output):
     ids, segments = output['panoptic']
     logits = output['sem_logits']                                      # [1 + S, H, W], 0 = thing
     semantic, stuff = logits.argmax(0), logits[1:].argmax(0) + 1
-    return ImagePrediction(instances=instances, semantic=pack(array(semantic, np.uint8)), stuff=pack(array(stuff, np.uint8)),
-                           ids=pack(array(ids, np.uint16)), segments=segments)
+    return ImagePrediction(instances=instances, semantic=pack(array(semantic, np.uint8)),
+                           stuff=pack(array(stuff, np.uint8)), ids=pack(array(ids, np.uint16)), segments=segments)
 
 @torch.no_grad()
 def model_predictions(model:torch.nn.Module, # of `build_model`
@@ -123,7 +124,7 @@ def baselines(root:str|Path, images:list[dict], # {id, file_name}, file names re
               maskcut:dict,                     # options of `label_images`
               clusters:Clusters,
               detector:torch.nn.Module,         # class-agnostic (`n_things = 1`, `n_stuff = 0`)
-              stuff:Callable,                   # list of uint8 [H, W, 3] -> list of uint8 [H, W], of `semantic.segmenter`
+              stuff:Callable,                   # `semantic.segmenter`: list of uint8 [H, W, 3] -> list of uint8 [H, W]
               folder:str|Path,                  # scratch
               batch_size:int, max_cover:float, combine_score:float, # as in `combine_baselines`
               )->dict[str, dict[int, ImagePrediction]]: # method -> image id -> prediction
@@ -145,10 +146,11 @@ def baselines(root:str|Path, images:list[dict], # {id, file_name}, file names re
                              n_clusters=len(clusters.centroids), max_cover=max_cover, combine_score=combine_score)
 
 # %% ../nbs/74_baselines.ipynb #predict_methods
-def predict_methods(root:str|Path, splits:dict[str, list[dict]], # split -> images {id, file_name}, file names relative to `root`
+def predict_methods(root:str|Path,            # file names are relative to it
+                    splits:dict[str, list[dict]], # split -> images {id, file_name}
                     *, model:torch.nn.Module, # U2Seg's network
                     folder:str|Path,          # scratch
-                    key:dict,                 # what else shapes the predictions: hashes of the weights, options of MaskCut
+                    key:dict,                 # what else shapes the predictions: hashes of weights, options of MaskCut
                     batch_size:int,           # images a pass
                     n_procs:int,              # processes of one thread each, on a CPU
                     parts:dict|None,          # what `baselines` needs besides; None: U2Seg alone
@@ -156,7 +158,10 @@ def predict_methods(root:str|Path, splits:dict[str, list[dict]], # split -> imag
                     )->dict[str, dict]:       # split -> method -> image id -> prediction
     "Predict every image of every split with every method."
     blocks = [(s, i) for s, images in splits.items() for i in range(0, len(images), block)]
-    jobs = [partial(_predict_block, root, splits[s][i:i + block], model, Path(folder)/s/str(i), batch_size, parts) for s, i in blocks]
+    def job(s, i):
+        images = splits[s][i:i + block]
+        return partial(_predict_block, root, images, model, Path(folder)/s/str(i), batch_size, parts)
+    jobs = [job(s, i) for s, i in blocks]
     key = dict(key, splits=splits, block=block, batch_size=batch_size, baselines=parts is not None)
     n_procs = 1 if next(model.parameters()).is_cuda else n_procs
     out = {s: {} for s in splits}

@@ -15,21 +15,26 @@ vehicle: 2 bicycle, 3 car, 4 motorcycle, 5 airplane, 6 bus, 7 train, 8 truck, 9 
 outdoor: 10 traffic light, 11 fire hydrant, 13 stop sign, 14 parking meter, 15 bench
 animal: 16 bird, 17 cat, 18 dog, 19 horse, 20 sheep, 21 cow, 22 elephant, 23 bear, 24 zebra, 25 giraffe
 accessory: 27 backpack, 28 umbrella, 31 handbag, 32 tie, 33 suitcase
-sports: 34 frisbee, 35 skis, 36 snowboard, 37 sports ball, 38 kite, 39 baseball bat, 40 baseball glove, 41 skateboard, 42 surfboard, 43 tennis racket
+sports: 34 frisbee, 35 skis, 36 snowboard, 37 sports ball, 38 kite, 39 baseball bat, 40 baseball glove, \
+41 skateboard, 42 surfboard, 43 tennis racket
 kitchen: 44 bottle, 46 wine glass, 47 cup, 48 fork, 49 knife, 50 spoon, 51 bowl
 food: 52 banana, 53 apple, 54 sandwich, 55 orange, 56 broccoli, 57 carrot, 58 hot dog, 59 pizza, 60 donut, 61 cake
 furniture: 62 chair, 63 couch, 64 potted plant, 65 bed, 67 dining table, 70 toilet
 electronic: 72 tv, 73 laptop, 74 mouse, 75 remote, 76 keyboard, 77 cell phone
 appliance: 78 microwave, 79 oven, 80 toaster, 81 sink, 82 refrigerator
 indoor: 84 book, 85 clock, 86 vase, 87 scissors, 88 teddy bear, 89 hair drier, 90 toothbrush'''
+
+# %% ../nbs/70_classes.ipynb #parse
 _STUFF = '''textile: 92 banner, 93 blanket, 109 curtain, 141 pillow, 168 towel, 200 rug-merged
 building: 95 bridge, 128 house, 151 roof, 166 tent, 197 building-other-merged
 raw-material: 100 cardboard, 195 paper-merged
-furniture-stuff: 107 counter, 112 door-stuff, 130 light, 133 mirror-stuff, 156 shelf, 161 stairs, 188 cabinet-merged, 189 table-merged
+furniture-stuff: 107 counter, 112 door-stuff, 130 light, 133 mirror-stuff, 156 shelf, 161 stairs, \
+188 cabinet-merged, 189 table-merged
 floor: 118 floor-wood, 190 floor-other-merged
 plant: 119 flower, 184 tree-merged, 193 grass-merged
 food-stuff: 122 fruit, 196 food-other-merged
-ground: 125 gravel, 144 platform, 145 playingfield, 147 railroad, 149 road, 154 sand, 159 snow, 191 pavement-merged, 194 dirt-merged
+ground: 125 gravel, 144 platform, 145 playingfield, 147 railroad, 149 road, 154 sand, 159 snow, \
+191 pavement-merged, 194 dirt-merged
 structural: 138 net, 185 fence-merged
 water: 148 river, 155 sea, 178 water-other
 wall: 171 wall-brick, 175 wall-stone, 176 wall-tile, 177 wall-wood, 199 wall-other-merged
@@ -38,7 +43,6 @@ ceiling: 186 ceiling-merged
 sky: 187 sky-other-merged
 solid: 192 mountain-merged, 198 rock-merged'''
 
-# %% ../nbs/70_classes.ipynb #parse
 def _parse(text, isthing):
     "Rows {id, name, supercategory, isthing} of lines `supercategory: id name, ...`."
     rows = []
@@ -51,7 +55,7 @@ def _parse(text, isthing):
 
 COCO_PANOPTIC = _parse(_THINGS, 1) + _parse(_STUFF, 0)
 COCO_THINGS = [c for c in COCO_PANOPTIC if c['isthing']]                                    # 80
-STUFF15 = [line.split(':')[0] for line in _STUFF.splitlines()]                              # supercategories of stuff, 1 ... 15 in the paper
+STUFF15 = [line.split(':')[0] for line in _STUFF.splitlines()] # supercategories of stuff, 1 ... 15 in the paper
 
 # %% ../nbs/70_classes.ipynb #supercategories
 SUPER_OFFSET = 200   # supercategory k = 1 ... 15 has the id 200 + k, above all of COCO's
@@ -59,12 +63,15 @@ SUPER_OFFSET = 200   # supercategory k = 1 ... 15 has the id 200 + k, above all 
 def supercategories(panoptic:dict, # COCO panoptic ground truth, official ids
                     )->dict:       # the same with 95 categories, segments unchanged
     "Relabel stuff by its supercategory (U2Seg's panoptic protocol)."
-    table = {c['id']: c['id'] if c['isthing'] else SUPER_OFFSET + 1 + STUFF15.index(c['supercategory']) for c in COCO_PANOPTIC}
+    stuff_ids = {name: SUPER_OFFSET + k for k, name in enumerate(STUFF15, 1)}
+    table = {c['id']: c['id'] if c['isthing'] else stuff_ids[c['supercategory']] for c in COCO_PANOPTIC}
     def one(s):
         if s['category_id'] not in table: raise ValueError(f"category {s['category_id']} is not one of COCO's 133")
         return dict(s, category_id=table[s['category_id']])
-    cats = [dict(c) for c in COCO_THINGS] + [dict(id=SUPER_OFFSET + k, name=n, supercategory=n, isthing=0) for k, n in enumerate(STUFF15, 1)]
-    return dict(panoptic, categories=cats, annotations=[dict(a, segments_info=[one(s) for s in a['segments_info']]) for a in panoptic['annotations']])
+    cats = [dict(c) for c in COCO_THINGS]
+    cats += [dict(id=i, name=n, supercategory=n, isthing=0) for n, i in stuff_ids.items()]
+    annotations = [dict(a, segments_info=list(map(one, a['segments_info']))) for a in panoptic['annotations']]
+    return dict(panoptic, categories=cats, annotations=annotations)
 
 def merge_equal(ids:np.ndarray,       # int [H, W] segment ids
                 segments:list[dict],  # segments_info
@@ -82,11 +89,14 @@ def merge_equal(ids:np.ndarray,       # int [H, W] segment ids
     return out, [dict(s, area=area[s['id']]) for s in segments if target[s['id']] == s['id']]
 
 # %% ../nbs/70_classes.ipynb #STUFF27
-_FINE = '''electronic 71-76|appliance 77-82|food 51-60|furniture 61-70|indoor 83-90|kitchen 43-50|accessory 25-32|animal 15-24|outdoor 9-14
+_FINE = '''electronic 71-76|appliance 77-82|food 51-60|furniture 61-70|indoor 83-90|kitchen 43-50|\
+accessory 25-32|animal 15-24|outdoor 9-14
 person 0|sports 33-42|vehicle 1-8|ceiling 101-102|floor 100,113-117|food-stuff 120-121,152,169
-furniture-stuff 97,106-107,109,111,122,129,132,155,160,164|raw-material 99,131,138,142|textile 91-92,103-104,108,130,136,140,151,166-167
+furniture-stuff 97,106-107,109,111,122,129,132,155,160,164|\
+raw-material 99,131,138,142|textile 91-92,103-104,108,130,136,140,151,166-167
 wall 170-176|window 179-180|building 94-95,127,150,157,165|ground 110,124-125,135,139,143-144,146,148,153,158
-plant 93,96,118,123,128,133,141,162,168|sky 105,156|solid 126,134,149,159,161,181|structural 98,112,137,145,163|water 119,147,154,177-178'''
+plant 93,96,118,123,128,133,141,162,168|sky 105,156|\
+solid 126,134,149,159,161,181|structural 98,112,137,145,163|water 119,147,154,177-178'''
 
 def _fine_table():
     "Names of the 27 classes, and the class of each fine id, uint8 [256]."
@@ -103,9 +113,12 @@ STUFF27_NAMES, STUFF27 = _fine_table()      # a map of fine ids, uint8 [H, W], b
 
 # %% ../nbs/70_classes.ipynb #other-sets
 VOC = [dict(id=i, name=n, coco_id=c) for i, (n, c) in enumerate(dict(
-    aeroplane=5, bicycle=2, bird=16, boat=9, bottle=44, bus=6, car=3, cat=17, chair=62, cow=21, diningtable=67, dog=18, horse=19,
+    aeroplane=5, bicycle=2, bird=16, boat=9, bottle=44, bus=6, car=3, cat=17, chair=62,
+    cow=21, diningtable=67, dog=18, horse=19,
     motorbike=4, person=1, pottedplant=64, sheep=20, sofa=63, train=7, tvmonitor=72).items(), 1)]
 UVO = [dict(c) for c in COCO_THINGS]
 CITYSCAPES = [dict(id=i, name=n, isthing=int(i >= 24)) for i, n in {
-    7: 'road', 8: 'sidewalk', 11: 'building', 12: 'wall', 13: 'fence', 17: 'pole', 19: 'traffic light', 20: 'traffic sign', 21: 'vegetation',
-    22: 'terrain', 23: 'sky', 24: 'person', 25: 'rider', 26: 'car', 27: 'truck', 28: 'bus', 31: 'train', 32: 'motorcycle', 33: 'bicycle'}.items()]
+    7: 'road', 8: 'sidewalk', 11: 'building', 12: 'wall', 13: 'fence', 17: 'pole', 19: 'traffic light',
+    20: 'traffic sign', 21: 'vegetation',
+    22: 'terrain', 23: 'sky', 24: 'person', 25: 'rider', 26: 'car', 27: 'truck', 28: 'bus', 31: 'train',
+    32: 'motorcycle', 33: 'bicycle'}.items()]

@@ -30,7 +30,7 @@ def _untied(votes, seen):
 
 def match_clusters(votes:np.ndarray,    # [k, c] evidence that a cluster is a class, not negative
                    method:str='vote',   # 'vote', 'hungarian' or 'hungarian+vote'
-                   *, seen:np.ndarray|None=None, # [k] amount of each cluster, such as its pixels: breaks ties of equal rows
+                   *, seen:np.ndarray|None=None, # [k] amount of each cluster, such as pixels: breaks ties
                    )->np.ndarray:       # [k] int64, the class of each cluster, -1 = unmatched
     "A class for every cluster (U2Seg, appendix B: 'vote')."
     votes = np.asarray(votes)

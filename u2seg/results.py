@@ -26,7 +26,8 @@ def select(rows:list[dict], **want)->list[dict]: # `want`: column=value
     return [r for r in rows if all(r.get(k) == v for k, v in want.items())]
 
 # %% ../nbs/77_results.ipynb #markdown
-def markdown(lines:list[list[str]], n_words:int=1)->str: # head, then rows; `n_words`: columns of words, the others are numbers
+def markdown(lines:list[list[str]], # head, then rows
+             n_words:int=1)->str:   # columns of words; the others are numbers
     "A Markdown table."
     rule = [':--']*n_words + ['--:']*(len(lines[0]) - n_words)
     return '\n'.join('| ' + ' | '.join(line) + ' |' for line in [lines[0], rule, *lines[1:]])

@@ -52,7 +52,8 @@ def things_only(coco:dict, path:str|Path)->tuple[Coco, Coco]: # panoptic without
 
 def _sizes(coco, path):
     "Height and width of each image, by id; its masks must agree."
-    sizes = {im['id']: {(im['height'], im['width'])} if 'height' in im and 'width' in im else set() for im in coco['images']}
+    def declared(im): return {(im['height'], im['width'])} if 'height' in im and 'width' in im else set()
+    sizes = {im['id']: declared(im) for im in coco['images']}
     for a in coco['annotations']: sizes[a['image_id']].add(tuple(a['segmentation']['size']))
     for i, s in sizes.items():
         if len(s) == 1: continue
@@ -97,7 +98,8 @@ class GroundTruth:
     @cached_property
     def instances(self)->Coco:
         if isinstance(self.source, Path): return _instances_beside(self)
-        return instances_from_panoptic(self.panoptic, self.maps) if self.source is None else _of_images(self.source, self.panoptic)
+        if self.source is None: return instances_from_panoptic(self.panoptic, self.maps)
+        return _of_images(self.source, self.panoptic)
 
     @property
     def painted(self)->bool: return callable(self.maps)
@@ -147,15 +149,15 @@ def _spaced(panoptic, path, split, n_images):
     "`n_images` of the images, categories in order, file names relative to the root of the split."
     annotations = sorted(panoptic['annotations'], key=lambda a: a['image_id'])
     if n_images is not None and n_images < len(annotations):
-        at = np.linspace(0, len(annotations) - 1, n_images).round().astype(int)
-        annotations = [annotations[i] for i in at]
+        annotations = [annotations[i] for i in np.linspace(0, len(annotations) - 1, n_images).round().astype(int)]
     images = {im['id']: im for im in panoptic.get('images', [])}
     for i, im in images.items():
         if 'file_name' not in im: raise ValueError(f'{path}: not a COCO annotation file (image {i} has no file_name)')
     if annotations and not images: raise ValueError(f"{path}: not a panoptic file (it needs the list 'images')")
     images = [images[a['image_id']] for a in annotations]
     images = [dict(im, file_name=f"{split}/{im['file_name']}") for im in images]
-    return panoptic.but(images=images, annotations=annotations, categories=sorted(panoptic['categories'], key=lambda c: c['id']))
+    categories = sorted(panoptic['categories'], key=lambda c: c['id'])
+    return panoptic.but(images=images, annotations=annotations, categories=categories)
 
 # %% ../nbs/73_truth.ipynb #truth_map
 def truth_map(truth:GroundTruth, image_id:int)->np.ndarray: # int32 [H, W], 0 = void
