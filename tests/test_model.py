@@ -119,7 +119,7 @@ def test_missing_settings_are_named():
         build_model({})
 
 
-# ---- parameter names and shapes: METHOD, section 6, spelled out
+# ---- parameter names and shapes of the official code, spelled out
 
 
 def names_r50(k, n_stuff):
