@@ -36,6 +36,7 @@ def use(recipe:str|None=None):
     recipes.use(recipe)
     print(f'params.yaml is now the recipe {recipe}; u2seg check compares it with the stages')
 
+# %% ../nbs/95_cli.ipynb #publish
 def publish(stages:list[str]):
     "Copy the outputs of executed stages into nbs/ (all stages if none is named)."
     from u2seg import stage
