@@ -141,9 +141,9 @@ if __name__ == '__main__':
             f'# Self-training rounds, {date.today()}',
             '',
             f'`python benchmarks/rounds.py`, torch {torch.__version__}, seed {a.seed}, score thresholds '
-            f'{p["self_training"]["score_threshold"][: a.rounds]}; class-agnostic, in %, mean of 200 object-centric and 200 '
-            'scene-centric pictures drawn from another seed. *round*: labels of the detector so far, DropLoss off, as '
-            'in CutLER. *control*: trained on as long with MaskCut\'s labels and DropLoss.',
+            f'{p["self_training"]["score_threshold"][: a.rounds]}; class-agnostic, in %, mean of 200 object-centric '
+            'and 200 scene-centric images drawn from another seed. *round*: labels of the detector so far, DropLoss off, '
+            'as in CutLER. *control*: trained on as long with MaskCut\'s labels and DropLoss.',
             '',
             '| | iterations | labels | mask AP50 | mask AP | mask AR100 | box AP50 | objects AP50 / AR100 | scenes '
             'AP50 / AR100 |',

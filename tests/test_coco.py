@@ -277,13 +277,19 @@ def test_polygons_are_those_of_pycocotools():
 
 def test_no_mask_library_ever_hangs_or_fills_the_memory():
     "In a process of its own, with 16 GB of addresses and two minutes of the CPU."
-    code = '''import resource, sys; resource.setrlimit(resource.RLIMIT_CPU, (120, 120)); resource.setrlimit(resource.RLIMIT_AS, (16 * 10**9,) * 2)
+    code = '''import resource, sys; resource.setrlimit(resource.RLIMIT_CPU, (120, 120))
+resource.setrlimit(resource.RLIMIT_AS, (16 * 10**9,) * 2)
 from u2seg.metrics import instance_ap
 from u2seg.images import decode_rle
 good = dict(size=[48, 64], counts=[100, 10, 38, 10, 2914])
-gt = lambda s: dict(images=[dict(id=1, width=64, height=48)], categories=[dict(id=1, name='x')], annotations=[dict(id=1, image_id=1, category_id=1, segmentation=s)])
-for s in ([[-164.1, -221.8, 2.0854e8, 3.5218e8, 225.9, 236.5]], [[1, 1, float('nan'), 1, 9, 9]], *(dict(size=[48, 64], counts=c) for c in ([100, 10], [100, 10, 99999], [100, 10, 38, 10, 2913], 'Wfj86c==F6M3N1O111O10ZCIj<1CKP2'))):
-    for f in (lambda: instance_ap(gt(s), []), lambda: instance_ap(gt(good), [dict(image_id=1, category_id=1, score=.9, segmentation=s)]), lambda: decode_rle(s)):
+image, category = dict(id=1, width=64, height=48), dict(id=1, name='x')
+own = lambda s, **more: dict(image_id=1, category_id=1, segmentation=s, **more)
+gt = lambda s: dict(images=[image], categories=[category], annotations=[own(s, id=1)])
+polygons = [[[-164.1, -221.8, 2.0854e8, 3.5218e8, 225.9, 236.5]], [[1, 1, float('nan'), 1, 9, 9]]]
+runs = [100, 10], [100, 10, 99999], [100, 10, 38, 10, 2913], 'Wfj86c==F6M3N1O111O10ZCIj<1CKP2'
+for s in (*polygons, *(dict(size=[48, 64], counts=c) for c in runs)):
+    scored = lambda: instance_ap(gt(good), [own(s, score=.9)])
+    for f in (lambda: instance_ap(gt(s), []), scored, lambda: decode_rle(s)):
         try: f(); sys.exit(f'{s} was read')
         except ValueError: pass
 '''

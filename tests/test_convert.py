@@ -247,7 +247,8 @@ def test_voc(tmp_path):
     from u2seg.truth import read_truth
 
     xml = '<annotation><size><width>9</width><height>8</height></size>{}</annotation>'
-    thing = '<object><name>{}</name><difficult>{}</difficult><bndbox><xmin>2</xmin><ymin>3</ymin><xmax>5</xmax><ymax>6</ymax></bndbox></object>'
+    box = '<bndbox><xmin>2</xmin><ymin>3</ymin><xmax>5</xmax><ymax>6</ymax></bndbox>'
+    thing = '<object><name>{}</name><difficult>{}</difficult>' + box + '</object>'
     folder = tmp_path / 'VOC2007'
     (folder / 'Annotations').mkdir(parents=True)
     (folder / 'Annotations' / '000002.xml').write_text(xml.format(thing.format('dog', 0) + thing.format('cat', 1)))
@@ -257,7 +258,8 @@ def test_voc(tmp_path):
         (a['bbox'], a['iscrowd'], truth.names[a['category_id']]) for a in truth.instances['annotations']
     ] == [([1, 2, 4, 4], 0, 'dog'), ([1, 2, 4, 4], 1, 'cat')]
     assert truth.images[0]['file_name'] == 'VOC2007/JPEGImages/000002.jpg'
-    bomb = '<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/hostname">]><annotation><size><width>&x;</width><height>1</height></size></annotation>'
+    entity = '<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/hostname">]>'
+    bomb = entity + '<annotation><size><width>&x;</width><height>1</height></size></annotation>'
     for bad in ('<a>', xml.format('<object/>'), '<annotation/>', bomb):
         (folder / 'Annotations' / '000003.xml').write_text(bad)
         with pytest.raises(ValueError, match='000003.xml: not an annotation of VOC'):

@@ -128,7 +128,8 @@ def run(fit, model, batches, *, folder, log_every=20, n_workers=0, **solver):
 
 
 def test_absent_it_says_so_in_one_sentence():
-    code = "import sys; sys.modules['detectron2'] = None\nimport u2seg.train\ntry: import u2seg.engine\nexcept ImportError as e: print(e)"
+    code = "import sys; sys.modules['detectron2'] = None\nimport u2seg.train\n"
+    code += 'try: import u2seg.engine\nexcept ImportError as e: print(e)'
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
     assert (
         out.startswith(

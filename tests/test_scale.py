@@ -24,7 +24,8 @@ def work(batch):
     time.sleep(.02)
     with open(out/'done', 'a') as f: f.write(''.join(f'{rank} {i}\\n' for i in batch))
     return [dict(square=i * i) for i in batch]
-records, skipped = sharded([dict(id=i, file_name=f'{i}.jpg') for i in range(60)], lambda item: item['id'], work, out/'shards', key={}, shard_size=3, batch_size=3)
+items = [dict(id=i, file_name=f'{i}.jpg') for i in range(60)]
+records, skipped = sharded(items, lambda item: item['id'], work, out/'shards', key={}, shard_size=3, batch_size=3)
 write_json(out/f'records{rank}.json', records)
 if sys.argv[3] == 'label': raise SystemExit
 
@@ -32,12 +33,17 @@ class Net(nn.Module):
     def __init__(self): super().__init__(); torch.manual_seed(1); self.cls_score = nn.Conv2d(3, 4, 1)
     def forward(self, images, targets):
         time.sleep(.02)
-        return dict(loss_sem_seg=sum(nn.functional.cross_entropy(self.cls_score(im[None] / 255), t['sem'][None].clamp(max=3)) for im, t in zip(images, targets)))
+        loss = lambda im, t: nn.functional.cross_entropy(self.cls_score(im[None] / 255), t['sem'][None].clamp(max=3))
+        return dict(loss_sem_seg=sum(loss(im, t) for im, t in zip(images, targets)))
 data = PseudoLabels(given, given/'instances.json', given/'stuff')
-augment = Augment(short_sides=[16], max_size=40, flip=.5, colour_jitter=(.2, .2, .2, .1), copy_paste='none', paste_rate=0., paste_scale=(.3, .8))
+augment = Augment(short_sides=[16], max_size=40, flip=.5, colour_jitter=(.2, .2, .2, .1), copy_paste='none',
+    paste_rate=0., paste_scale=(.3, .8))
 net = Net()
-fit(net, Batches(data, augment, batch_size=4, seed=3), Solver(batch_size=4, n_iters=16, lr=.05, schedule='step', milestones=[8], gamma=.1, flat_fraction=0., warmup_iters=3, warmup_factor=.001, optimizer='sgd', sgd_momentum=.9, weight_decay=0.,
-    cls_lr_multiplier=1., clip_type=None, clip_value=1., loss_weights={}, amp=None, accumulate=1, ema_decay=0., precise_bn=0, checkpoint_period=2), folder=out/'train', log_every=3)
+solver = Solver(batch_size=4, n_iters=16, lr=.05, schedule='step', milestones=[8], gamma=.1, flat_fraction=0.,
+    warmup_iters=3, warmup_factor=.001, optimizer='sgd', sgd_momentum=.9, weight_decay=0., cls_lr_multiplier=1.,
+    clip_type=None, clip_value=1., loss_weights={}, amp=None, accumulate=1, ema_decay=0., precise_bn=0,
+    checkpoint_period=2)
+fit(net, Batches(data, augment, batch_size=4, seed=3), solver, folder=out/'train', log_every=3)
 write_json(out/f'weights{rank}.json', {k: v.tolist() for k, v in net.state_dict().items()})
 '''
 

@@ -199,9 +199,8 @@ def test_a_number_that_yaml_reads_as_text_is_a_number_where_one_is_asked_for(rep
     root = repo()
 
     def values(**section):
-        (root / 'params.yaml').write_text(
-            f"one: {{{', '.join(f'{k}: {v}' for k, v in (dict(a=1, b=0.5, name='x', many='[1]') | section).items())}}}\n"
-        )
+        section = dict(a=1, b=0.5, name='x', many='[1]') | section
+        (root / 'params.yaml').write_text(f"one: {{{', '.join(f'{k}: {v}' for k, v in section.items())}}}\n")
         return S.stage_params(root, 'one')
 
     assert yaml.safe_load(f'b: {text}')['b'] == text  # otherwise nothing is shown here
@@ -448,7 +447,8 @@ def test_two_workers_run_one_stage(repo):
     nb = nbformat.read(path, 4)
     nb.cells[3].source = """import os, time
 from u2seg.shards import sharded
-records, _ = sharded([dict(file_name=str(i)) for i in range(8)], lambda i: i, lambda b: [dict(name=i['file_name']) for i in b], root + '/out/.work/one', key={}, shard_size=2)
+items, names = [dict(file_name=str(i)) for i in range(8)], lambda b: [dict(name=i['file_name']) for i in b]
+records, _ = sharded(items, lambda i: i, names, root + '/out/.work/one', key={}, shard_size=2)
 time.sleep(int(os.environ['RANK']))
 len(records)"""
     nbformat.write(nb, path)
@@ -468,7 +468,8 @@ from u2seg.shards import run_shared, sharded
 folder = sys.argv[1]
 def job(i):
     with open(f'{folder}/done.log', 'a') as f: f.write(f'{i}\\n')
-    records, _ = sharded([dict(file_name=str(k)) for k in range(4)], lambda x: x, lambda batch: [dict(v=i * i) for _ in batch], f'{folder}/inner/{i}', key={}, shard_size=2)
+    items, squares = [dict(file_name=str(k)) for k in range(4)], lambda batch: [dict(v=i * i) for _ in batch]
+    records, _ = sharded(items, lambda x: x, squares, f'{folder}/inner/{i}', key={}, shard_size=2)
     return records
 print(run_shared([partial(job, i) for i in range(7)], folder + '/jobs', key=dict(a=1), n_procs=1))
 """
