@@ -148,16 +148,27 @@ def _one_process(i, n, share, desc):
 # %% ../nbs/05_shards.ipynb #run_all
 def run_all(jobs:list[Callable], # picklable
             *, n_procs:int,      # processes of one thread each; 1: one after the other, here
-            desc:str='runs')->list: # what each returns
+            desc:str='runs',
+            n_images:list[int]|None=None, # of each job: progress counts images, not jobs
+            )->list: # what each returns
     "Run independent jobs, in processes of their own."
     if n_procs < 1: raise ValueError(f'n_procs must be at least 1, got {n_procs}')
-    if n_procs == 1 or len(jobs) < 2: return [job() for job in tqdm(jobs, desc=desc)]
+    if n_procs == 1 or len(jobs) < 2: return _collect(jobs, n_images, desc)
     with ProcessPoolExecutor(min(n_procs, len(jobs)), mp_context=get_context('spawn'), initializer=_one_thread) as pool:
-        waiting = [pool.submit(job) for job in jobs]
-        try: return [w.result() for w in tqdm(waiting, desc=desc)]
+        try: return _collect([pool.submit(job).result for job in jobs], n_images, desc)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+def _collect(results, n_images, desc):
+    "What each of the functions returns, under a progress bar."
+    counts, unit = (n_images, 'image') if n_images else ([1]*len(results), 'it')
+    out = []
+    with tqdm(total=sum(counts), desc=desc, unit=unit) as bar:
+        for result, n in zip(results, counts):
+            out.append(result())
+            bar.update(n)
+    return out
 
 def _one_thread():
     import torch
@@ -167,12 +178,14 @@ def _one_thread():
 def run_shared(jobs:list[Callable], # picklable, and what they return too
                folder:str|Path,     # where results are kept
                *, key:dict,         # everything that shapes the results
-               n_procs:int, desc:str='runs')->list: # as of `run_all`
+               **options,           # of `run_all`
+               )->list:
     "Run independent jobs, each once for all of torchrun's workers."
     rank, world = _worker()
     paths = [Path(folder)/_digest(key, len(jobs))/f'job_{i:06d}.pickle' for i in range(len(jobs))]
     tasks = [partial(_keep, job, path) for job, path in zip(jobs, paths)]
-    run_all(tasks[rank::world], n_procs=n_procs, desc=desc)
+    if counts := options.pop('n_images', None): options['n_images'] = counts[rank::world]
+    run_all(tasks[rank::world], **options)
     for path in paths:
         while not path.exists(): time.sleep(.2)
     return [pickle.loads(path.read_bytes()) for path in paths]
