@@ -413,6 +413,13 @@ def test_command_line(weights, tmp_path, capsys, monkeypatch):
     assert main(['predict', 'a.png']) == 1 and 'dvc pull' in (err := capsys.readouterr().err) and err.count('\n') == 1
 
 
+def test_importing_prediction_imports_nothing_slow():
+    slow = {'torchvision', 'torch._dynamo', 'sympy', 'matplotlib', 'scipy.ndimage', 'timm', 'cv2', 'nbformat'}
+    code = f'import sys, u2seg.folder, u2seg.cli; print({slow} & set(sys.modules))'
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.stdout == 'set()\n', done.stderr
+
+
 def test_the_module_is_the_command():
     import subprocess, sys
 

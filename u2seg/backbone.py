@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torchvision.ops.misc import FrozenBatchNorm2d
 
 # %% ../nbs/30_backbone.ipynb #SyncBatchNorm
 class SyncBatchNorm(nn.SyncBatchNorm):
@@ -46,7 +45,9 @@ def norm_layer(name:str,     # 'SyncBN', 'BN', 'GN' or 'FrozenBN'
                channels:int)->nn.Module:
     "A normalisation layer by detectron2's name."
     if name == 'GN': return nn.GroupNorm(math.gcd(32, channels), channels)
-    return dict(SyncBN=SyncBatchNorm, BN=nn.BatchNorm2d, FrozenBN=FrozenBatchNorm2d)[name](channels)
+    if name != 'FrozenBN': return dict(SyncBN=SyncBatchNorm, BN=nn.BatchNorm2d)[name](channels)
+    from torchvision.ops.misc import FrozenBatchNorm2d             # a second of import
+    return FrozenBatchNorm2d(channels)
 
 # %% ../nbs/30_backbone.ipynb #Conv
 class Conv(nn.Conv2d):
@@ -61,7 +62,7 @@ class Conv(nn.Conv2d):
     def _is_linear(self):
         "Whether the norm's statistics are fixed, so that it joins the convolution."
         batch_norm = isinstance(self.norm, nn.modules.batchnorm._BatchNorm)
-        return isinstance(self.norm, FrozenBatchNorm2d) or batch_norm and not self.norm.training
+        return hasattr(self.norm, 'running_var') and not (batch_norm and self.norm.training)
 
     def forward(self, x):
         if self._is_linear():

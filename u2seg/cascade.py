@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn, Tensor
-from torchvision.ops import roi_align
 
 from .backbone import Conv
 from .boxes import clip_boxes, decode_boxes, encode_boxes, match_regions, random_keys, sample
@@ -147,6 +146,7 @@ def mask_targets(targets:list[dict], # {boxes, masks bool [m, H, W]} of each ima
                  boxes:Tensor, image:Tensor, index:Tensor, # [r, 4] xyxy, int64 [r], int64 [r] into all labels
                  size:int)->Tensor:  # float [r, size, size]
     "Each region's label mask, cut out and resized by RoIAlign, at one half."
+    from torchvision.ops import roi_align                          # a second of import
     out = boxes.new_zeros(len(boxes), size, size)
     start = 0
     for i, t in enumerate(targets):

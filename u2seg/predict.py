@@ -14,10 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from scipy.ndimage import find_objects
 from torch import nn, Tensor
 
-from . import show
 from .augment import short_side
 from .checkpoints import load_weights
 from .images import _to_rgb, read_image, read_json
@@ -98,6 +96,7 @@ class Prediction:
 
 # %% ../nbs/45_predict.ipynb #overlay
 def _overlay(p, layer, score, alpha):
+    from u2seg import show                                         # it imports matplotlib
     if layer == 'instances': return show.overlay_masks(p.image, p.masks[p.scores >= score], alpha=alpha)
     if layer == 'panoptic':
         low = [s['id'] for s in p.segments if s.get('score', 1.) < score]
@@ -109,6 +108,7 @@ def _overlay(p, layer, score, alpha):
 
 # %% ../nbs/45_predict.ipynb #to_coco
 def _to_coco(p, image_id):
+    from scipy.ndimage import find_objects                         # slow to import
     annotations, info = [], []
     for i, (score, c) in enumerate(zip(p.scores, p.categories)):
         annotations.append(dict(image_id=image_id, category_id=int(c), score=round(float(score), 6),

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from numba import njit
 from torch import nn, Tensor
-from torchvision.ops import roi_align
 
 from .boxes import box_area
 
@@ -149,6 +148,7 @@ class Pooler(nn.Module):
 
 def _on_gpu(boxes, image, level, scales, size, ratio, *features):
     "The same by torchvision's kernel, level by level."
+    from torchvision.ops import roi_align                          # a second of import
     out = []
     rois = torch.cat([image[:, None].to(boxes.dtype), boxes], 1)
     order = [(level == i).nonzero()[:, 0] for i in range(len(scales))]

@@ -9,7 +9,6 @@ __all__ = ['RPNHead', 'rpn_losses', 'nonempty', 'grouped_nms', 'top_proposals', 
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from torchvision.ops import batched_nms, nms
 
 from .backbone import Conv
 from .boxes import (
@@ -67,6 +66,7 @@ def grouped_nms(boxes:Tensor,  # [n, 4] xyxy
                 group:Tensor,  # int64 [n]
                 iou:float)->Tensor: # int64 [m], indices by falling score
     "Non-maximum suppression within each group."
+    from torchvision.ops import batched_nms, nms                   # a second of import
     if boxes.is_cuda: return batched_nms(boxes, scores, group, iou)
     members = [(group == g).nonzero()[:, 0] for g in group.unique()]
     keep = [i[nms(boxes[i], scores[i], iou)] for i in members]
