@@ -410,7 +410,7 @@ def test_command_line(weights, tmp_path, capsys, monkeypatch):
         + '\n'
     )
     monkeypatch.chdir(tmp_path)
-    assert main(['predict', 'a.png']) == 1 and 'dvc pull' in (err := capsys.readouterr().err) and err.count('\n') == 1
+    assert main(['predict', 'a.png']) == 1 and 'no such file of weights' in (err := capsys.readouterr().err) and err.count('\n') == 1
 
 
 def test_importing_prediction_imports_nothing_slow():
@@ -439,6 +439,26 @@ def test_layers(weights):
     ).any()
     with pytest.raises(ValueError, match="got 'x'"):
         p.overlay('x')
+
+
+def test_names_and_scores_are_written_on_request(weights):
+    p = U2Seg.from_pretrained(weights, device='cpu').predict(picture())
+    for layer in ('panoptic', 'instances'):
+        plain, written = p.overlay(layer), p.overlay(layer, names=True)
+        assert written.shape == plain.shape and (written != plain).any()
+    assert (p.overlay('instances', score=1.1, names=True) == p.image).all()
+
+
+def test_a_least_score_holds_for_all_that_is_found(weights):
+    x = picture()
+    free = U2Seg.from_pretrained(weights, device='cpu', score=0.0).predict(x)
+    middle = float(np.median(free.scores))
+    strict = U2Seg.from_pretrained(weights, device='cpu', score=middle).predict(x)
+    assert 0 < len(strict.scores) < len(free.scores) and strict.scores.min() > middle
+    assert all(s.get('score', 1) >= middle for s in strict.segments)
+    for wrong in (-0.1, 1.5):
+        with pytest.raises(ValueError, match=f'score must lie in .0, 1., got {wrong}'):
+            U2Seg.from_pretrained(weights, device='cpu', score=wrong)
 
 
 def test_the_controls_of_the_notebook(monkeypatch):

@@ -8,7 +8,9 @@ __all__ = ['run_network', 'as_image', 'Prediction', 'category_names', 'check_dev
 # %% ../nbs/45_predict.ipynb #imports
 import hashlib
 import os
+import re
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -88,23 +90,36 @@ class Prediction:
 
     def overlay(self, layer:str='panoptic', # 'panoptic', 'instances' or 'semantic'
                 *, score:float=0.,          # things of a lower score are left out
-                alpha:float=.55)->np.ndarray: # uint8 [H, W, 3]
-        return _overlay(self, layer, score, alpha)
+                alpha:float=.55,
+                names:bool=False,           # write name and score on each thing or segment
+                )->np.ndarray: # uint8 [H, W, 3]
+        return _overlay(self, layer, score, alpha, names)
 
     def to_coco(self, image_id:int=1)->dict: # {annotations, segments_info}: COCO results and a panoptic entry
         return _to_coco(self, image_id)
 
 # %% ../nbs/45_predict.ipynb #overlay
-def _overlay(p, layer, score, alpha):
-    from u2seg import show                                         # it imports matplotlib
-    if layer == 'instances': return show.overlay_masks(p.image, p.masks[p.scores >= score], alpha=alpha)
+def _layer(p, layer, score): # ids int [H, W]; id -> its text
+    from u2seg.show import stack_masks
+    text = lambda c, s: p.names[c] if s is None else f'{p.names[c]} {s:.2f}'
     if layer == 'panoptic':
-        low = [s['id'] for s in p.segments if s.get('score', 1.) < score]
-        return show.overlay(p.image, np.where(np.isin(p.ids, low), 0, p.ids), alpha=alpha)
+        good = [s for s in p.segments if s.get('score', 1.) >= score]
+        ids = p.ids if len(good) == len(p.segments) else np.where(np.isin(p.ids, [s['id'] for s in good]), p.ids, 0)
+        return ids, {s['id']: text(s['category_id'], s.get('score')) for s in good}
+    if layer == 'instances':
+        good = p.scores >= score
+        columns = zip(p.categories[good].tolist(), p.scores[good].tolist())
+        return stack_masks(p.masks[good], p.image.shape[:2]), {i: text(*v) for i, v in enumerate(columns, 1)}
     if layer != 'semantic':
         raise ValueError(f"layer must be 'panoptic', 'instances' or 'semantic', got {layer!r}")
     if p.semantic is None: raise ValueError('this model labels no stuff, so it has no layer semantic')
-    return show.overlay(p.image, p.semantic.astype(int), alpha=alpha)
+    return p.semantic.astype(int), {}
+
+def _overlay(p, layer, score, alpha, names):
+    from u2seg import show                                         # it imports matplotlib
+    ids, texts = _layer(p, layer, score)
+    image = show.overlay(p.image, ids, alpha=alpha)
+    return show.write_names(image, ids, texts) if names else image
 
 # %% ../nbs/45_predict.ipynb #to_coco
 def _to_coco(p, image_id):
@@ -179,15 +194,21 @@ def _fitting(config, sizes, device, free):
     return max(1, int((own + seen*600*c['width']/64 <= free).sum()))
 
 # %% ../nbs/45_predict.ipynb #read_model
-def _read_model(path, config, device)->tuple[nn.Module, dict]: # the network and the names of its categories
+def _locate(weights)->Path: # of a folder or file
+    if isinstance(weights, Path) or re.search(r'[./\\]', weights): return Path(weights)
+    return import_module('u2seg.zoo').locate(weights)
+
+def _read_model(path, config, score)->tuple[nn.Module, dict]: # the network and the names of its categories
     file = path/'model.safetensors' if path.is_dir() else path
     if not file.is_file():
-        pull = '`dvc pull out/train/model.safetensors out/train/model.yaml` fetches the trained one'
-        raise ValueError(f'{file}: no such file of weights; {pull}, `dvc repro` makes it')
+        raise ValueError(f'{file}: no such file of weights; `dvc repro` makes out/train, and "embedded" is published')
     beside = file.with_name('model.yaml')
     if config is None and not beside.is_file():
         raise ValueError(f'{beside}: not there; weights need their model.yaml beside them, or in Python config=')
     config = check_config(config) if isinstance(config, dict) else read_config(config or beside)
+    if score is not None:
+        if not 0 <= score <= 1: raise ValueError(f'score must lie in [0, 1], got {score}')
+        config |= dict(score_threshold=score, panoptic_score=score)
     model = build_model(config)
     report = load_weights(model, file)
     if report.missing or report.mismatched: raise ValueError(f'{file} does not fit its configuration: {report}')
@@ -232,10 +253,13 @@ class U2Seg:
         self.model, self.names, self.device = model.eval().to(device), names, device
 
     @classmethod
-    def from_pretrained(cls, path:str|Path,      # a folder with model.safetensors and model.yaml, or a weight file
+    def from_pretrained(cls, weights:str|Path,   # a name of `u2seg.zoo`; a folder with model.safetensors and model.yaml
                         *, config:dict|str|Path|None=None, # for a file without model.yaml beside it
-                        device:str|None=None)->'U2Seg': # None: a GPU if there is one
-        return cls(*_read_model(Path(path), config, device := check_device(device)), device)
+                        device:str|None=None,    # None: a GPU if there is one
+                        score:float|None=None,   # least score of a thing; None: the thresholds of the model
+                        )->'U2Seg':
+        device = check_device(device)
+        return cls(*_read_model(_locate(weights), config, score), device)
 
     def predict(self, images, # an image (see `as_image`), a list, or an array [b, H, W, 3] or tensor [b, 3, H, W]
                 *, batch_size:int|None=None, # None: what the free memory allows; halved when that was too much
