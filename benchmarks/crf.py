@@ -18,7 +18,8 @@ from scipy.ndimage import gaussian_filter
 
 from machine import RATIO, SIDES, alternate, clock, heading, publish, ratios, spread
 from u2seg.crf import MASKCUT, STEGO, dense_crf, refine_masks
-from u2seg.images import read_ids, read_image, read_json, resize_image
+from u2seg.images import read_image, read_json, resize_image
+from u2seg.masks import read_ids
 from u2seg.scenes import draw_scene
 
 SIZE, GRID = 480, 60

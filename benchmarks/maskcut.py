@@ -19,8 +19,9 @@ from scipy import ndimage
 from machine import RATIO, SIDES, clock, heading, publish, ratios, spread
 from ncut import DIM, N_MASKS, TAU, iou, kind_of, low_level, reference_rounds, semantic, sources
 from u2seg.crf import refine_masks
-from u2seg.images import encode_rle, resize_image, resize_mask
+from u2seg.images import resize_image, resize_mask
 from u2seg.maskcut import maskcut, refine, score_mask
+from u2seg.masks import encode_rle
 
 try:
     import pydensecrf.densecrf as dcrf

@@ -21,7 +21,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from machine import RATIO, alternate, heading, publish, ratios, spread
-from u2seg.images import read_ids, write_ids, write_json
+from u2seg.images import write_json
+from u2seg.masks import read_ids, write_ids
 from u2seg.metrics import instance_ap, panoptic_quality
 
 

@@ -21,8 +21,9 @@ from scipy import ndimage
 
 from machine import RATIO, SIDES, alternate, clock, heading, publish, ratios, spread
 from u2seg import maskcut as module, ncut as solver
-from u2seg.images import read_ids, read_image
+from u2seg.images import read_image
 from u2seg.maskcut import cut_rounds, maskcut
+from u2seg.masks import read_ids
 from u2seg.scenes import draw_scene
 
 TAU, N_MASKS, DIM = 0.15, 3, 768

@@ -22,7 +22,8 @@ from u2seg.augment import Augment
 from u2seg.baselines import ImagePrediction
 from u2seg.evaluate import score_agnostic
 from u2seg.truth import read_truth
-from u2seg.images import mask_to_box, decode_rle, read_json, write_json
+from u2seg.images import read_json, write_json
+from u2seg.masks import mask_to_box, decode_rle
 from u2seg.model import build_model
 from u2seg.solver import Solver
 from u2seg.stage import read_yaml
@@ -142,7 +143,8 @@ if __name__ == '__main__':
             '',
             f'`python benchmarks/rounds.py`, torch {torch.__version__}, seed {a.seed}, score thresholds '
             f'{p["self_training"]["score_threshold"][: a.rounds]}; class-agnostic, in %, mean of 200 object-centric '
-            'and 200 scene-centric images drawn from another seed. *round*: labels of the detector so far, DropLoss off, '
+            'and 200 scene-centric images drawn from another seed. '
+            '*round*: labels of the detector so far, DropLoss off, '
             'as in CutLER. *control*: trained on as long with MaskCut\'s labels and DropLoss.',
             '',
             '| | iterations | labels | mask AP50 | mask AP | mask AR100 | box AP50 | objects AP50 / AR100 | scenes '

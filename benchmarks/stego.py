@@ -21,8 +21,9 @@ import yaml
 
 from u2seg.correspondence import nearest_images
 from u2seg.features import ViTFeatures
-from u2seg.images import list_images, normalize, read_ids, read_image, read_json, resize_image, to_tensor
+from u2seg.images import list_images, normalize, read_image, read_json, resize_image, to_tensor
 from u2seg.labeller import Head, Labeller, PatchFeatures, extractor, gather_features
+from u2seg.masks import read_ids
 from u2seg.semantic import segment, write_semantic
 from u2seg.matching import match_clusters, pixel_votes
 from u2seg.stego import fit_kmeans, fit_stego, refit_probe

@@ -20,7 +20,8 @@ from u2seg.classes import (
 from u2seg.baselines import ImagePrediction, pack
 from u2seg.evaluate import Mapping, score
 from u2seg.truth import read_truth
-from u2seg.images import read_ids, write_ids, write_json
+from u2seg.images import write_json
+from u2seg.masks import read_ids, write_ids
 from u2seg.metrics import panoptic_quality
 from u2seg.naming import fine_maps, semantic27
 

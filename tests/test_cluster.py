@@ -14,8 +14,8 @@ from u2seg import crops as crops_module
 from u2seg import kmeans as kmeans_module
 from u2seg.cluster import Clusters, fit_clusters, fit_pca, label_file, project
 from u2seg.crops import GREY, SHAPES, crop_instances, embed_crops, embed_file, window
-from u2seg.images import decode_rle, encode_rle, instances_json
 from u2seg.kmeans import _initial, assign, blocks, kmeans, nearest
+from u2seg.masks import decode_rle, encode_rle, instances_json
 
 
 def one_to_one(labels, classes):

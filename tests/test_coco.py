@@ -13,7 +13,8 @@ from u2seg.baselines import ImagePrediction, pack
 from u2seg.truth import read_truth, sound, things_only, truth_map
 from u2seg.cli import main
 from u2seg.convert import convert_instances
-from u2seg.images import compressed, decode_rle, encode_rle, filled, read_json, write_ids, write_json
+from u2seg.images import read_json, write_json
+from u2seg.masks import compressed, decode_rle, encode_rle, filled, write_ids
 from u2seg.metrics import instance_ap, instances_from_panoptic, panoptic_quality
 from u2seg.batches import PseudoLabels
 
@@ -280,7 +281,7 @@ def test_no_mask_library_ever_hangs_or_fills_the_memory():
     code = '''import resource, sys; resource.setrlimit(resource.RLIMIT_CPU, (120, 120))
 resource.setrlimit(resource.RLIMIT_AS, (16 * 10**9,) * 2)
 from u2seg.metrics import instance_ap
-from u2seg.images import decode_rle
+from u2seg.masks import decode_rle
 good = dict(size=[48, 64], counts=[100, 10, 38, 10, 2914])
 image, category = dict(id=1, width=64, height=48), dict(id=1, name='x')
 own = lambda s, **more: dict(image_id=1, category_id=1, segmentation=s, **more)

@@ -11,7 +11,8 @@ from u2seg.cli import main
 from u2seg.truth import GroundTruth, painter, things_only
 from u2seg.annotations import convert_instances, convert_panoptic
 from u2seg.convert import checkpoint_config, convert, convert_checkpoint
-from u2seg.images import decode_rle, encode_rle, read_ids, read_image, read_json, write_ids, write_json, write_png
+from u2seg.images import read_image, read_json, write_json, write_png
+from u2seg.masks import decode_rle, encode_rle, read_ids, write_ids
 from u2seg.model import build_model
 from u2seg.predict import U2Seg
 

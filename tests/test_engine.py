@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from u2seg.images import encode_rle, instances_json, write_png
+from u2seg.images import write_png
 from u2seg.checkpoints import load_weights, save_weights
 from u2seg import cascade, rpn
+from u2seg.masks import encode_rle, instances_json
 from u2seg.model import build_model
 from u2seg.augment import Augment
 from u2seg.solver import Solver, check_solver

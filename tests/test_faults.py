@@ -26,8 +26,9 @@ from torch import nn
 from tqdm import tqdm
 
 from u2seg.cli import main
-from u2seg.images import encode_rle, instances_json, read_image, write_json, write_png
+from u2seg.images import read_image, write_json, write_png
 from u2seg.checkpoints import save_weights
+from u2seg.masks import encode_rle, instances_json
 from u2seg.model import build_model
 from u2seg.folder import predict_folder
 from u2seg.shards import sharded

@@ -13,8 +13,9 @@ from u2seg.baselines import model_predictions
 from u2seg.evaluate import Mapping, score
 from u2seg.truth import read_truth
 from u2seg.fewshot import LabelledImages, few_shot, nested_subsets
-from u2seg.images import encode_rle, ids_to_rgb, read_json, write_json, write_png
+from u2seg.images import read_json, write_json, write_png
 from u2seg.checkpoints import save_weights
+from u2seg.masks import encode_rle, ids_to_rgb
 from u2seg.model import build_model
 from u2seg.shards import run_all
 

@@ -16,8 +16,10 @@ from PIL import Image
 
 from u2seg import convert, evaluate
 from u2seg.truth import things_only
-from u2seg.coco import read_instances, read_panoptic
-from u2seg.images import decode_rle, encode_rle, filled, read_ids, read_image, read_json, write_ids, write_json
+from u2seg.coco import read_instances
+from u2seg.images import read_image, read_json, write_json
+from u2seg.masks import decode_rle, encode_rle, filled, read_ids, write_ids
+from u2seg.segments import read_panoptic
 from u2seg.metrics import instance_ap, panoptic_quality
 from u2seg.checkpoints import save_weights
 from u2seg.model import build_model, read_config

@@ -10,6 +10,7 @@ from hypothesis.extra import numpy as npst
 from PIL import Image
 
 from u2seg import images as I
+from u2seg import masks as M
 
 masks = npst.arrays(bool, st.tuples(st.integers(1, 12), st.integers(1, 12)))
 DATA = Path(__file__).parent / 'data' / 'coco10'
@@ -29,14 +30,14 @@ def rle_by_hand(mask):
 @given(masks)
 @settings(max_examples=200, deadline=None)
 def test_rle_round_trip_and_plain_code(mask):
-    assert (I.decode_rle(I.encode_rle(mask)) == mask).all()
-    assert (I.decode_rle(dict(size=list(mask.shape), counts=rle_by_hand(mask))) == mask).all()
+    assert (M.decode_rle(M.encode_rle(mask)) == mask).all()
+    assert (M.decode_rle(dict(size=list(mask.shape), counts=rle_by_hand(mask))) == mask).all()
 
 
 @given(masks)
 @settings(max_examples=200, deadline=None)
 def test_box_is_tight(mask):
-    x, y, w, h = map(int, I.mask_to_box(mask))
+    x, y, w, h = map(int, M.mask_to_box(mask))
     assert mask[y : y + h, x : x + w].sum() == mask.sum()
     if mask.any():
         assert mask[y].any() and mask[y + h - 1].any() and mask[:, x].any() and mask[:, x + w - 1].any()
@@ -47,9 +48,9 @@ def test_box_is_tight(mask):
 @given(npst.arrays(np.int64, (4, 5), elements=st.integers(0, 2**24 - 1)))
 @settings(max_examples=100, deadline=None)
 def test_ids_round_trip(ids):
-    rgb = I.ids_to_rgb(ids)
+    rgb = M.ids_to_rgb(ids)
     assert (rgb[..., 0].astype(int) + 256 * rgb[..., 1].astype(int) + 65536 * rgb[..., 2].astype(int) == ids).all()
-    assert (I.rgb_to_ids(rgb) == ids).all()
+    assert (M.rgb_to_ids(rgb) == ids).all()
 
 
 def png(path, array, mode=None):
@@ -306,14 +307,14 @@ def test_small_images_are_packed_tightly_and_large_ones_quickly(tmp_path):
 
 def test_annotation_of_an_unknown_image_is_refused():
     with pytest.raises(ValueError, match='annotation 7 names image 3'):
-        I.by_image(dict(images=[dict(id=1)], annotations=[dict(id=7, image_id=3)]))
+        M.by_image(dict(images=[dict(id=1)], annotations=[dict(id=7, image_id=3)]))
 
 
 def test_real_panoptic_png_matches_its_json():
     coco = json.loads(gzip.decompress((DATA / 'panoptic.json.gz').read_bytes()))
     assert len(coco['annotations']) == 10
     for a in coco['annotations']:
-        ids = I.read_ids(DATA / 'panoptic' / a['file_name'])
+        ids = M.read_ids(DATA / 'panoptic' / a['file_name'])
         found = dict(zip(*map(np.ndarray.tolist, np.unique(ids, return_counts=True))))
         found.pop(0, None)
         assert found == {s['id']: s['area'] for s in a['segments_info']}

@@ -9,9 +9,10 @@ from scipy import ndimage
 from torch import nn
 
 from u2seg import maskcut as module
-from u2seg.images import decode_rle, write_png
+from u2seg.images import write_png
 from u2seg.features import weights_digest
 from u2seg.maskcut import cut_rounds, fill_holes, foreground, label_image, label_images, maskcut, maskcut_batch, refine
+from u2seg.masks import decode_rle
 
 torch.set_num_threads(1)
 

@@ -5,7 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from u2seg.images import encode_rle, mask_to_box, read_json
+from u2seg.images import read_json
+from u2seg.masks import encode_rle, mask_to_box
 from u2seg.matching import (
     file_hash,
     instance_votes,

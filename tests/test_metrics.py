@@ -14,7 +14,8 @@ from u2seg.classes import COCO_PANOPTIC, supercategories
 from u2seg.baselines import ImagePrediction, merged, pack
 from u2seg.evaluate import Mapping, count_votes, name_clusters, score, semantic_map
 from u2seg.truth import read_truth
-from u2seg.images import decode_rle, encode_rle, ids_to_rgb, mask_to_box, read_ids, write_ids, write_json
+from u2seg.images import write_json
+from u2seg.masks import decode_rle, encode_rle, ids_to_rgb, mask_to_box, read_ids, write_ids
 from u2seg.metrics import (
     confusion_matrix,
     instance_ap,
@@ -177,7 +178,7 @@ def test_polygons_and_plain_codes():
 def test_real_masks_moved():
     gt = golden('coco10', 'instances.json.gz')
     rng, sizes = np.random.default_rng(0), {im['id']: (im['height'], im['width']) for im in gt['images']}
-    from u2seg.images import decode_rle
+    from u2seg.masks import decode_rle
 
     dt = [
         dict(

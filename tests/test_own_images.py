@@ -13,7 +13,8 @@ from PIL import Image
 from u2seg.baselines import ImagePrediction
 from u2seg import evaluate, scenes
 from u2seg.truth import read_truth, truth_map
-from u2seg.images import encode_rle, ids_to_rgb, read_json, write_json, write_png
+from u2seg.images import read_json, write_json, write_png
+from u2seg.masks import encode_rle, ids_to_rgb
 from u2seg.recipes import overlay
 from u2seg.stage import declared, load_params, run_check, stage_notebook, stage_values, stages
 

@@ -9,7 +9,8 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from PIL import Image
 
-from u2seg.images import by_image, encode_rle, instances_json, mask_to_box, read_ids, read_json, write_png
+from u2seg.images import read_json, write_png
+from u2seg.masks import by_image, encode_rle, instances_json, mask_to_box, read_ids
 from u2seg.semantic import read_semantic
 from u2seg.panoptic import categories, link_images, merge, stuff_map, write_labels
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from u2seg.images import decode_rle, read_ids, read_json, write_json, write_png
+from u2seg.images import read_json, write_json, write_png
 from u2seg.checkpoints import save_weights
+from u2seg.masks import decode_rle, read_ids
 from u2seg.model import build_model
 from u2seg.folder import find_images, predict_folder
 from u2seg.predict import U2Seg, as_image, category_names, free_memory

@@ -11,7 +11,8 @@ import json, os, sys, time
 from pathlib import Path
 import numpy as np, torch
 from torch import nn
-from u2seg.images import instances_json, write_json, write_png
+from u2seg.images import write_json, write_png
+from u2seg.masks import instances_json
 from u2seg.shards import sharded
 from u2seg.augment import Augment
 from u2seg.solver import Solver
@@ -51,7 +52,8 @@ write_json(out/f'weights{rank}.json', {k: v.tolist() for k, v in net.state_dict(
 @pytest.fixture(scope='module')
 def given(tmp_path_factory):
     import numpy as np
-    from u2seg.images import instances_json, write_json, write_png
+    from u2seg.images import write_json, write_png
+    from u2seg.masks import instances_json
 
     given, rng = tmp_path_factory.mktemp('given'), np.random.default_rng(0)
     for i in range(8):

@@ -4,7 +4,8 @@ import colorsys
 from pathlib import Path
 import numpy as np
 import pytest
-from u2seg.images import read_ids, read_image, read_json
+from u2seg.images import read_image, read_json
+from u2seg.masks import read_ids
 from u2seg.scenes import draw_dataset, draw_images, draw_scene, places, truth
 from u2seg.textures import KINDS, SPLITS, STUFF, THINGS, hsv, tile
 from u2seg.things import disc, palette, polygon

@@ -10,7 +10,8 @@ from torch import nn
 from u2seg import batches, train
 from u2seg.batches import Cache
 from u2seg.augment import Augment
-from u2seg.images import decode_rle, encode_rle, instances_json, write_png
+from u2seg.images import write_png
+from u2seg.masks import decode_rle, encode_rle, instances_json
 from u2seg.model import build_model
 from u2seg.solver import Solver, lr_factor
 from u2seg.batches import Batches, PseudoLabels, epoch_batches

@@ -11,10 +11,11 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from .coco import check_segments, read_instances, read_panoptic
-from .images import encode_rle, instances_json, list_images, mask_to_box
-from .images import read_ids, read_json, write_ids, write_json, write_png
+from .coco import read_instances
+from .images import list_images, read_json, write_json, write_png
+from .masks import encode_rle, instances_json, mask_to_box, read_ids, write_ids
 from .panoptic import stuff_map
+from .segments import check_segments, read_panoptic
 
 # %% ../nbs/89_annotations.ipynb #flat
 FORMS = 'not an annotation file of COCO, CutLER or U2Seg'

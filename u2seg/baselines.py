@@ -20,8 +20,9 @@ from pycocotools import mask as coco_mask
 from .checkpoints import load_weights
 from .cluster import Clusters, label_file
 from .features import own_device, ViTFeatures
-from .images import encode_rle, read_image
+from .images import read_image
 from .maskcut import label_images
+from .masks import encode_rle
 from .matching import file_hash
 from .model import build_model, read_config
 from .panoptic import merge

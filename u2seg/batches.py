@@ -15,7 +15,8 @@ from torch.utils.data import Dataset
 
 from .augment import Augment, copy_paste, masks_to_boxes, semantic_copy_paste, view
 from .coco import read_instances
-from .images import by_image, decode_rle, ImageError, read_image
+from .images import ImageError, read_image
+from .masks import by_image, decode_rle
 
 # %% ../nbs/41_batches.ipynb #Cache
 CACHE = 2**30    # bytes of decoded images that a loading process keeps

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from .images import by_image, decode_rle, mask_to_box, MEAN, normalize, part_of, read_image
+from .images import MEAN, normalize, part_of, read_image
+from .masks import by_image, decode_rle, mask_to_box
 from .shards import sharded
 
 # %% ../nbs/49_crops.ipynb #window

@@ -28,7 +28,8 @@ from detectron2.utils.events import JSONWriter, TensorboardXWriter
 
 from .augment import masks_to_boxes
 from .batches import Batches, PseudoLabels
-from .images import decode_rle, mask_to_box, read_image
+from .images import read_image
+from .masks import decode_rle, mask_to_box
 from .model import PanopticRCNN
 from .optim import clip_gradients, parameter_groups
 from .processes import _processes

@@ -20,13 +20,13 @@ from .augment import Augment, masks_to_boxes
 from .baselines import predict_methods
 from .batches import Batches, Cache
 from .checkpoints import load_weights
-from .coco import read_panoptic
 from .evaluate import Mapping, score
 from .features import own_device
 from .images import read_image, read_json, write_json
 from .matching import file_hash
 from .model import build_model
 from .optim import CLASS_LAYERS
+from .segments import read_panoptic
 from .show import Picture
 from .solver import Solver
 from .train import fit

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from .images import instances_json, list_images, read_image, read_json, write_ids, write_json, write_png
+from .images import list_images, read_image, read_json, write_json, write_png
+from .masks import instances_json, write_ids
 from .predict import _check_batch_size, U2Seg
 from .shards import sharded
 

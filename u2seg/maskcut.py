@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from .crf import refine_masks
 from .features import one_by_one, weights_digest
-from .images import decode_rle, encode_rle, instances_json, normalize, read_image
-from .images import resize_image, resize_mask, to_tensor
+from .images import normalize, read_image, resize_image, resize_mask, to_tensor
+from .masks import decode_rle, encode_rle, instances_json
 from .ncut import check_tau, fiedler, orient, token_affinity, token_graph
 from .shards import in_processes, sharded
 from .show import overlay_masks

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from .average_precision import instance_ap
-from .coco import check_segments, read_panoptic
-from .images import encode_rle, mask_to_box
+from .masks import encode_rle, mask_to_box
 from .png import count_pairs, read_map, read_runs
+from .segments import check_segments, read_panoptic
 
 _all_ = ['instance_ap']
 

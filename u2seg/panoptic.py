@@ -16,7 +16,8 @@ import numpy as np
 from numba import njit
 from pycocotools import mask as coco_mask
 
-from .images import by_image, compressed, instances_json, next_run, read_json, write_ids, write_json, write_png
+from .images import read_json, write_json, write_png
+from .masks import by_image, compressed, instances_json, next_run, write_ids
 from .semantic import collect_files, read_semantic
 from .shards import sharded
 

@@ -16,7 +16,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from .boxes import clip_boxes
-from .images import encode_rle, mask_to_box
+from .masks import encode_rle, mask_to_box
 from .rpn import nonempty
 
 # %% ../nbs/36_pixels.ipynb #paste_masks

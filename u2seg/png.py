@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numba import njit
 
-from .images import read_ids
+from .masks import read_ids
 
 # %% ../nbs/64_png.ipynb #chunks
 def _chunks(data:bytes):

@@ -20,7 +20,7 @@ from torch import nn, Tensor
 
 from .augment import short_side
 from .checkpoints import load_weights
-from .images import _to_rgb, read_image, read_json
+from .images import to_rgb, read_image, read_json
 from .model import build_model, check_config, read_config
 from .pixels import combine, LARGE, mask_to_coco
 
@@ -47,7 +47,7 @@ def as_image(x:str|Path|Image.Image|np.ndarray|Tensor, # arrays [H, W, 3] or [H,
     if isinstance(x, (str, os.PathLike)):
         if '://' in str(x): raise ValueError(f'{x}: addresses are not fetched; download the image first')
         return read_image(x)
-    if isinstance(x, Image.Image): return np.array(_to_rgb(x))
+    if isinstance(x, Image.Image): return np.array(to_rgb(x))
     if isinstance(x, Tensor):
         x = x.detach().cpu().numpy()
         if x.ndim == 3: x = x.transpose(1, 2, 0)

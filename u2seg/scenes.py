@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from .images import mask_to_box, write_atomic, write_ids, write_json
+from .images import write_atomic, write_json
+from .masks import mask_to_box, write_ids
 from .textures import ground, GROUNDS, KINDS, look, mix, PAINT_STUFF, SPLITS, STUFF, THINGS, TILE, tile, wall
 from .things import FOOT, thing
 

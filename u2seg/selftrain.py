@@ -14,7 +14,8 @@ from pycocotools import mask as coco_mask
 from torch import nn
 
 from .features import weights_digest
-from .images import by_image, encode_rle, instances_json, read_image
+from .images import read_image
+from .masks import by_image, encode_rle, instances_json
 from .predict import run_network
 from .shards import sharded
 

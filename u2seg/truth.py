@@ -17,9 +17,12 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from .classes import supercategories
-from .coco import Coco, check_segments, read_instances, read_panoptic
-from .images import ImageError, by_image, read_ids, read_image, read_json
+from .coco import read_instances
+from .fields import Coco
+from .images import ImageError, read_image, read_json
+from .masks import by_image, read_ids
 from .metrics import instances_from_panoptic, semantic_from_panoptic
+from .segments import check_segments, read_panoptic
 
 # %% ../nbs/72_truth.ipynb #annotation_file
 def annotation_file(root:str|Path, # the folder that splits are relative to
