@@ -33,7 +33,8 @@ docs: $(VENV)/installed
 	NO_MKDOCS_2_WARNING=1 mkdocs build -q -f _docs/mkdocs.yml
 	@echo "open _docs/site/index.html"
 
-# after a good run: copy the stages' outputs into nbs/, so that the notebooks read as the paper
+# after a good run: copy the stages' outputs into nbs/ and README, so that the notebooks read as the paper
+# (make repro and make test write only under out/, which git ignores, and dvc.lock)
 publish: $(VENV)/installed
 	u2seg publish
 	dvc commit -q -f dvc.yaml

@@ -63,8 +63,15 @@ def scramble_truth(clone, back=False):
             f.write_bytes(bytes(255 - b for b in f.read_bytes()))
 
 
+def tracked(clone):
+    "The content of every file that git knows or would list, but for dvc.lock."
+    names = run(clone, 'git', 'ls-files', '-z', '-co', '--exclude-standard').split('\0')
+    return {n: (clone / n).read_bytes() for n in names if n and n != 'dvc.lock' and (clone / n).is_file()}
+
+
 def test_whole_pipeline(clone):
     assert 'fits the' in run(clone, 'u2seg', 'check')
+    before = tracked(clone)
     scramble_truth(clone)
     assert (
         ran(run(clone, 'dvc', 'repro', 'train')) == ['features'] + before_truth
@@ -79,6 +86,8 @@ def test_whole_pipeline(clone):
         )
     assert not list((clone / 'out' / '.work').iterdir())
     assert 'U2Seg' in run(clone, 'u2seg', 'table')
+    after = tracked(clone)
+    assert after.keys() == before.keys() and [n for n in after if after[n] != before[n]] == []
 
 
 def test_deleting_the_results_and_running_again_gives_the_same_bytes(clone):

@@ -109,7 +109,9 @@ def test_the_contents_name_every_notebook():
 
 
 def test_readme_is_short():
-    assert len((root / 'README.md').read_text().splitlines()) <= 130
+    "The tables apart, which grow with the methods and the claims."
+    text = re.sub('<!-- results -->.*<!-- /results -->', '', (root / 'README.md').read_text(), flags=re.S)
+    assert len(text.splitlines()) <= 100
 
 
 def test_module_imports_only_from_lower_numbers():

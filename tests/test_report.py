@@ -1,11 +1,22 @@
 "The report: verdicts follow the numbers, no number of the paper is lost, ours stand in the right column."
 
+import json
 import re
+import shutil
+import subprocess
+from pathlib import Path
 
+import nbformat
 import pytest
 
+from u2seg import cli
+from u2seg import margins as M
 from u2seg import report as R
-from u2seg.results import flatten
+from u2seg import stage as S
+from u2seg.results import COLUMNS, flatten, nest, read_rows, select
+
+root = Path(__file__).parents[1]
+SEEDS = read_rows(root / 'ablations' / 'seeds.csv')
 
 
 def method(**scores):
@@ -105,3 +116,120 @@ def test_the_report_says_what_is_missing(metrics):
     )
     none = R.report(dict(splits={}, n_fit_images=0), [])
     assert 'No ground truth was given' in none and '## The claims' not in none and '**here,' not in none
+
+
+def lines_of(text):
+    return [[c.strip() for c in l.strip('|').split('|')] for l in text.splitlines() if l.startswith('|')]
+
+
+def test_the_headline_is_mean_and_deviation_over_the_seeds():
+    "By hand, from the committed sweep: each printed score, and the number of seeds."
+    text = R.readme_table(dict(splits={}, n_fit_images=200), seeds=SEEDS)
+    assert text == ''  # none of the run's images are in the sweep
+    run = dict(splits=nest(select(SEEDS, seed=0, matching='vote')), n_fit_images=200)
+    text = R.readme_table(run, seeds=SEEDS)
+    n = len({r['seed'] for r in SEEDS})
+    assert f'over {n} seeds' in text and 'over' not in R.readme_table(run).split(';')[0]
+    head, _, *lines = lines_of(text)
+    own = [r for r in SEEDS if r['split'] == 'objects/val' and r['method'] == 'U2Seg' and r['matching'] == 'vote']
+    for fitted_on, name in (('train', 'U2Seg'), ('val', "U2Seg, the paper's naming")):
+        x = [r['mask_AP50'] for r in select(own, fitted_on=fitted_on)]
+        mean = sum(x) / n
+        std = (sum((v - mean) ** 2 for v in x) / (n - 1)) ** 0.5
+        line = next(l for l in lines if l[:2] == ['objects/val', name])
+        assert line[head.index('mask AP50')] == f'{100 * mean:.1f} ± {100 * std:.1f}'
+
+
+def seeds_of(scores, **more):
+    head = dict(split='s', method='U2Seg', fitted_on='train', matching='vote') | more
+    return [dict(head, seed=i, PQ=v) for i, v in enumerate(scores)]
+
+
+@pytest.mark.parametrize('n', [3, 5, 8])
+def test_a_claim_says_with_how_many_seeds_it_holds(n):
+    above = [0.5] * (n - 1) + [0.3]
+    rows = seeds_of(above) + seeds_of([0.4] * n, method='STEGO')
+    claim = [('is better', 'U2Seg', 'STEGO', ['PQ'])]
+    mean = (0.1 * (n - 1) - 0.1) / n
+    std = (((n - 1) * (0.1 - mean) ** 2 + (-0.1 - mean) ** 2) / (n - 1)) ** 0.5
+    shown = f'{100 * mean:+.1f} ± {100 * std:.1f}'
+    assert lines_of(M.claims_table(rows, claim))[2] == ['is better', f'PQ {shown} ({n - 1} of {n})']
+    line = lines_of(M.margins_table(rows, claim))[2]
+    assert line == ['U2Seg is better', 's', 'PQ', shown, '-10.0', '+10.0', f'{n - 1} of {n}']
+
+
+def test_a_score_outside_two_deviations_is_marked():
+    rows = seeds_of([0.4, 0.5, 0.6])  # 50 ± 10
+    marked = lambda v, **o: lines_of(M.seeds_table(rows, dict(PQ='PQ'), run=seeds_of([v]), **o))[2][-1]
+    assert marked(0.69) == '69.0 (50.0 ± 10.0)' and marked(0.31) == '31.0 (50.0 ± 10.0)'
+    assert marked(0.71) == '**71.0** (50.0 ± 10.0)' and marked(0.29) == '**29.0** (50.0 ± 10.0)'
+    assert marked(0.69, n_std=1.0).startswith('**69.0**')
+    assert lines_of(M.seeds_table(rows[:1], dict(PQ='PQ'), run=seeds_of([0.9])))[2][-1] == '90.0 (40.0)'  # no spread
+    same = seeds_of([0.4, 0.4, 0.4])  # what no seed changes: the CSV has six decimals
+    assert lines_of(M.seeds_table(same, dict(PQ='PQ'), run=seeds_of([0.4000004])))[2][-1] == '40.0 (40.0 ± 0.0)'
+
+
+def test_the_parts_of_the_variance():
+    rows = seeds_of([0.1, 0.3], setting='naming') + seeds_of([0.1, 0.2, 0.3], setting='training')
+    lines = lines_of(M.variance_table(rows, 'PQ', together=seeds_of([0.1, 0.5])))
+    assert lines[2:] == [
+        ['naming', '20.0', '14.1', '200.0', '67%', '2'],
+        ['training', '20.0', '10.0', '100.0', '33%', '3'],
+        ['all together', '30.0', '28.3', '800.0', '', '2'],
+    ]
+
+
+def git(folder, *args):
+    command = ['git', '-c', 'user.name=u', '-c', 'user.email=u@u', *args]
+    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.fixture
+def reported(tmp_path, monkeypatch):
+    "A repository in which stage report has run, on the scores of a committed seed."
+    books = 'nbs/00_overview.ipynb', 'nbs/86_run_report.ipynb'
+    for name in (*books, 'params.yaml', 'README.md', 'ablations/seeds.csv', '.gitignore'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(root / name, tmp_path / name)
+    (tmp_path / 'nbs' / 'overview.png').write_bytes(b'old')
+    git(tmp_path, 'init', '-q')
+    git(tmp_path, 'add', '.')
+    git(tmp_path, 'commit', '-qm', 'as published')
+    rows = select(SEEDS, seed=1)
+    runs = [
+        dict(init=r['method'], percent=float(r['fitted_on'][:-1]), seed=1) | {k: r[k] for k in COLUMNS if k in r}
+        for r in select(rows, matching='labels')
+    ]
+    scored = [{k: v for k, v in r.items() if k not in ('setting', 'seed')} for r in rows if r['matching'] != 'labels']
+    out = tmp_path / 'out'
+    for stage, metrics in (('evaluate', dict(splits=nest(scored), n_fit_images=200)), ('fewshot', dict(runs=runs))):
+        (out / stage).mkdir(parents=True)
+        (out / stage / 'metrics.json').write_text(json.dumps(metrics))
+    for name in ('pictures', 'overview'):
+        shutil.copy(root / 'nbs' / 'overview.png', out / 'evaluate' / f'{name}.png')
+    S.run_stage('report', tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_run_writes_only_what_is_ignored_and_publish_the_rest(reported):
+    assert git(reported, 'status', '--porcelain') == ''
+    assert {p.name for p in (reported / 'out' / 'report').iterdir()} == {
+        'results.md',
+        'readme.md',
+        'metrics.json',
+        'run.ipynb',
+    }
+    assert '## Beside the seeds' in (reported / 'out' / 'report' / 'results.md').read_text()
+    assert cli.main(['publish', 'report']) == 0
+    table = (reported / 'out' / 'report' / 'readme.md').read_text().strip()
+    assert f'<!-- results -->\n{table}\n<!-- /results -->' in (reported / 'README.md').read_text()
+    cells = {c['id']: c for c in nbformat.read(reported / 'nbs' / '00_overview.ipynb', 4).cells}
+    assert cells['results'].outputs[0].data['text/markdown'] == f'\n{table}\n'
+    assert (reported / 'nbs' / 'overview.png').read_bytes() == (root / 'nbs' / 'overview.png').read_bytes()
+
+
+def test_notebook_00_shows_the_table_of_readme():
+    cells = {c['id']: c for c in nbformat.read(root / 'nbs' / '00_overview.ipynb', 4).cells}
+    table = (root / 'README.md').read_text().split('<!-- results -->')[1].split('<!-- /results -->')[0]
+    assert cells['results'].outputs[0].data['text/markdown'] == table

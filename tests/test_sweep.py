@@ -221,11 +221,12 @@ def test_summaries_by_hand():
         spread - np.std([0.5, 0.3], ddof=1)
     ) < 1e-12  # splits first, then seeds
     m = M.margin(rows, dict(method='U'), dict(method='L'), 'PQ')
-    assert np.allclose([m['mean'], m['least'], m['most']], [-0.05, -0.1, 0]) and m['verdict'] == 'the seeds disagree'
+    assert np.allclose([m['mean'], m['least'], m['most'], m['std']], [-0.05, -0.1, 0, np.std([0, -0.1], ddof=1)])
+    assert (m['positive'], m['n']) == (0, 2)
     assert (
         M.margin(rows, dict(method='U'), dict(method='L', split='y'), 'PQ') is None
         and M.mean_and_spread(rows, 'SQ') is None
     )
     assert '| a | 40.0 ± 14.1 |' in M.summary(rows, ['PQ'], method='U')
     assert '| b | 20.0 (1 of 2 seeds) |' in M.summary([*rows, dict(rows[0], setting='b', PQ=0.2)], ['PQ'], method='U')
-    assert M.margin(rows[4:], dict(method='L'), dict(method='L'), 'PQ')['verdict'] == 'equal'
+    assert M.margin(rows[4:], dict(method='L'), dict(method='L'), 'PQ')['positive'] == 0  # equal is not above

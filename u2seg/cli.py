@@ -38,9 +38,11 @@ def use(recipe:str|None=None):
 
 # %% ../nbs/95_cli.ipynb #publish
 def publish(stages:list[str]):
-    "Copy the outputs of executed stages into nbs/ (all stages if none is named)."
-    from u2seg import stage
-    for name in stages or stage.stages('.'): stage.publish(name)
+    "Copy the outputs of executed stages into nbs/, those of report into README (all stages if none is named)."
+    from u2seg import published, stage
+    stages = stages or stage.stages('.')
+    for name in stages: stage.publish(name)
+    if 'report' in stages: published.publish_results()
 
 def table():
     "Print the results."

@@ -21,7 +21,7 @@ import yaml
 
 from .images import read_json
 from .margins import differences, summary
-from .results import COLUMNS, HEAD, flatten, read_rows, select, write_rows
+from .results import COLUMNS, HEAD, few_rows, flatten, read_rows, select, write_rows
 from .stage import SHARED, declared, load_params, run_check, stage_notebook, stage_values, stages
 
 # %% ../nbs/82_sweep.ipynb #read_sweep
@@ -97,9 +97,7 @@ def score_rows(experiment:dict,   # of `experiments`
     "The scores of one experiment."
     rows = flatten(metrics['splits']) if metrics else []
     if methods != 'all': rows = [r for r in rows if r['method'] in methods]
-    for run in (fewshot or {}).get('runs', []):
-        head = dict(split='few labels', method=run['init'], fitted_on=f"{run['percent']:g}%", matching='labels')
-        rows.append(head | {k: run[k] for k in COLUMNS if k in run})
+    rows += few_rows((fewshot or {}).get('runs', []))
     start = dict(setting=experiment['setting'], seed=experiment['seed'])
     return [start | {k: v for k, v in r.items() if k in HEAD or k in COLUMNS} for r in rows]
 
