@@ -9,7 +9,7 @@ Each part runs in a process of its own, within its seconds. What it finds is wri
 takes too long loses itself alone.
 """
 
-import argparse, contextlib, functools, importlib, json, multiprocessing, os, signal, statistics, subprocess, sys, tempfile
+import argparse, contextlib, functools, gzip, importlib, json, multiprocessing, os, signal, statistics, subprocess, sys, tempfile
 import time, traceback, warnings
 from pathlib import Path
 
@@ -574,40 +574,6 @@ def stuff(want):
         yield f'ms an image{", with CRF" * crf}', ms(lambda: stuff_maps(device(), images, crf), 3, 1) / 4
 
 
-def crop_embeddings(where):
-    from u2seg.crops import embed_crops
-    from u2seg.features import ViTFeatures
-
-    torch.manual_seed(0)
-    net, rng = ViTFeatures(SMALL_VIT).to(where), np.random.default_rng(0)
-    crops, covers = rng.integers(0, 256, (80, 96, 96, 3), np.uint8), rng.integers(0, 256, (80, 96, 96), np.uint8)
-    return {e: embed_crops(net, crops, covers, embedding=e) for e in ('cls', 'mask_mean', 'mask_keys')}
-
-
-@part(60, lambda: crop_embeddings('cpu'))
-def cluster(want):
-    "Embeddings of crops; k-means of 1.3 million rows of 768 numbers, faiss on the CPU and products on the GPU."
-    from u2seg.kmeans import kmeans, nearest
-
-    with exact_convolutions():
-        found = crop_embeddings(device())
-    for e, x in want.items():
-        yield f'difference, {e}', error(found[e], x), '<', 1e-4
-    n, k = (1_300_000, 800) if not S['tiny'] else (3000, 20)
-    x = F.normalize(torch.randn(n, S['dim'], device=device(), generator=torch.Generator(device()).manual_seed(0)))
-    rows = x.cpu().numpy()
-    centroids = torch.from_numpy(rows[:k].copy()).to(device())
-    search = lambda: torch.cat([(b @ centroids.T).argmax(1) for b in x.split(2**17)])
-    yield 'assignment on the GPU, s', ms(search, 3) / 1e3
-    start = time.perf_counter()
-    labels, _ = nearest(rows, rows[:k], metric='cosine')
-    yield 'assignment by faiss, s', time.perf_counter() - start
-    yield 'rows of one label in both', float((torch.from_numpy(labels) == search().cpu()).double().mean()), '>', 0.999
-    start = time.perf_counter()
-    kmeans(rows, k, seed=0, n_iters=2, metric='cosine')
-    yield 'spherical k-means of 2 iterations, s', time.perf_counter() - start
-
-
 # ---- the trained model
 
 
@@ -702,6 +668,43 @@ def student(want):
     yield '... last', late(want)
 
 
+# ---- the rest
+
+
+def crop_embeddings(where):
+    from u2seg.crops import embed_crops
+    from u2seg.features import ViTFeatures
+
+    torch.manual_seed(0)
+    net, rng = ViTFeatures(SMALL_VIT).to(where), np.random.default_rng(0)
+    crops, covers = rng.integers(0, 256, (80, 96, 96, 3), np.uint8), rng.integers(0, 256, (80, 96, 96), np.uint8)
+    return {e: embed_crops(net, crops, covers, embedding=e) for e in ('cls', 'mask_mean', 'mask_keys')}
+
+
+@part(60, lambda: crop_embeddings('cpu'))
+def cluster(want):
+    "Embeddings of crops; k-means of 1.3 million rows of 768 numbers, faiss on the CPU and products on the GPU."
+    from u2seg.kmeans import kmeans, nearest
+
+    with exact_convolutions():
+        found = crop_embeddings(device())
+    for e, x in want.items():
+        yield f'difference, {e}', error(found[e], x), '<', 1e-4
+    n, k = (1_300_000, 800) if not S['tiny'] else (3000, 20)
+    x = F.normalize(torch.randn(n, S['dim'], device=device(), generator=torch.Generator(device()).manual_seed(0)))
+    rows = x.cpu().numpy()
+    centroids = torch.from_numpy(rows[:k].copy()).to(device())
+    search = lambda: torch.cat([(b @ centroids.T).argmax(1) for b in x.split(2**17)])
+    yield 'assignment on the GPU, s', ms(search, 3) / 1e3
+    start = time.perf_counter()
+    labels, _ = nearest(rows, rows[:k], metric='cosine')
+    yield 'assignment by faiss, s', time.perf_counter() - start
+    yield 'rows of one label in both', float((torch.from_numpy(labels) == search().cpu()).double().mean()), '>', 0.999
+    start = time.perf_counter()
+    kmeans(rows, k, seed=0, n_iters=2, metric='cosine')
+    yield 'spherical k-means of 2 iterations, s', time.perf_counter() - start
+
+
 def pretrain_log(where):
     from u2seg.pretrain import fit
 
@@ -742,10 +745,11 @@ def work(name, a, send):
     f, _, reference = PARTS[name]
     try:
         if a.reference:
-            return torch.save(reference(), Path(a.reference) / f'{name}.pt')
+            with gzip.open(Path(a.reference) / f'{name}.pt.gz', 'wb') as out:
+                return torch.save(reference(), out)
         arguments = []
         if reference:
-            file = a.compare and Path(a.compare) / f'{name}.pt'
+            file = a.compare and gzip.open(Path(a.compare) / f'{name}.pt.gz')
             arguments = [torch.load(file, weights_only=False) if file else reference()]
         for row in f(*arguments):
             send.send(row)
@@ -845,11 +849,13 @@ def main(a):
             if a.out:
                 write(results, a)
         print(f'{name:10} {time.monotonic() - start:5.1f} s', flush=True)
+        if name == 'machine' and part['rows'][-1][0] == 'error':
+            a.start = 'spawn'  # a process that has used CUDA cannot fork
 
 
 def preload():
     "Import once what the parts need; no work is done here, so the parts can fork."
-    for name in 'maskcut', 'train', 'predict', 'stego', 'semantic', 'crops', 'kmeans', 'pretrain', 'model', 'scenes':
+    for name in 'maskcut', 'train', 'predict', 'stego', 'semantic', 'crops', 'kmeans', 'model', 'scenes':
         with contextlib.suppress(ImportError):
             importlib.import_module(f'u2seg.{name}')
 
