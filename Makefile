@@ -12,6 +12,7 @@ export DVC_NO_ANALYTICS := 1
 .PHONY: repro test nightly lab docs publish
 repro: $(VENV)/installed
 	dvc pull data.dvc features
+	dvc fetch -q out/report/headline.json
 	u2seg check
 	dvc repro
 	u2seg table

@@ -223,7 +223,7 @@ HEADER = """# Stage one: adds
 | | |
 |---|---|
 | reads | READS |
-| writes | `sum.json`, **`kept.npy`**, `log.csv`, `metrics.json` |
+| writes | `sum.json`, **`kept.npy`**, `log.csv`, `metrics.json`, **`headline.json`** |
 | cost | none |
 """
 
@@ -255,9 +255,10 @@ def test_the_header_of_a_notebook_is_the_stage_of_the_pipeline(repo, reads, para
     assert stage['outs'] == [
         {'out/one/sum.json': {'push': False}},
         'out/one/kept.npy',
+        {'out/one/metrics.json': {'push': False}},
         {'out/one/run.ipynb': {'push': False}},
     ]
-    assert stage['metrics'] == [{'out/one/metrics.json': {'push': False}}]
+    assert stage['metrics'] == ['out/one/headline.json']
     assert stage['plots'] == [{'out/one/log.csv': {'push': False}}]
 
 

@@ -40,7 +40,7 @@ def lowest(images:list[dict], scores:dict[int, float], # by image id
     ids = sorted(scores, key=lambda i: (scores[i], i))[:n]
     return [im for im in images if im['id'] in ids]
 
-# %% ../nbs/78_figures.ipynb #votes_figure
+# %% ../nbs/78_figures.ipynb #cluster_axis
 WIDEST = 16 # inches of a figure
 
 def _cluster_axis(ax, order):
@@ -53,6 +53,7 @@ def _cluster_figure(n_clusters, height=2.2): # the figure and its axes
     fig = Picture(figsize=(min(.17*n_clusters + 1.5, WIDEST), height))
     return fig, fig.subplots()
 
+# %% ../nbs/78_figures.ipynb #votes_figure
 def votes_figure(votes:np.ndarray, # [K, classes]
                  names:list[str])->Picture:
     "The fraction of each cluster's votes for each class."

@@ -53,7 +53,7 @@ def _outs(stage, row): # of the row *writes*: outputs, metrics and plots in DVC'
         is_plot = name.endswith('.png') or name in ('figures', 'log.csv', 'curve.csv')
         is_pushed = name in bold or name == 'run.ipynb' and bold >= {*names}
         path = f'out/{stage}/{name}'
-        kind = 'metrics' if name == 'metrics.json' else 'plots' if is_plot else 'outs'
+        kind = 'metrics' if name == 'headline.json' else 'plots' if is_plot else 'outs'
         kinds[kind].append(path if is_pushed else {path: {'push': False}})
     return {kind: paths for kind, paths in kinds.items() if paths}
 
