@@ -171,9 +171,8 @@ def test_find_images(tmp_path):
     for n in ('a.png', 'sub/a.png', 'sub/b.png'):
         write_png(tmp_path / n, picture())
     (tmp_path / 'a.bmp').write_bytes((tmp_path / 'a.png').read_bytes())
-    root, items = find_images([tmp_path / 'sub', str(tmp_path / '*.*'), tmp_path / 'a.png'])
-    assert root == tmp_path and [i['file_name'] for i in items] == ['sub/a.png', 'sub/b.png', 'a.bmp', 'a.png']
-    assert len({i['overlay'] for i in items}) == 4  # a.bmp and a.png do not overwrite each other
+    files = find_images([tmp_path / 'sub', str(tmp_path / '*.*'), tmp_path / 'a.png'])
+    assert files == [str(tmp_path / n) for n in ('sub/a.png', 'sub/b.png', 'a.bmp', 'a.png')]
     with pytest.raises(ValueError, match='no such image'):
         find_images(tmp_path / '*.tif')
 
@@ -252,17 +251,82 @@ def test_results_of_others_are_not_overwritten(weights, tmp_path):
     one, out = tmp_path / 'in' / 'a.png', tmp_path / 'out'
     predict_folder(one, weights, out, device='cpu')
     first = {f: f.read_bytes() for f in out.rglob('*') if f.is_file()}
-    with pytest.raises(ValueError, match='1 other image, such as .*a.png'):
-        predict_folder(tmp_path / 'in' / 'b.png', weights, out, device='cpu')
+    with pytest.raises(ValueError, match='holds results of score_threshold 0.05, not 0.3'):
+        predict_folder(one, weights, out, device='cpu', score=0.3)
     other = build_model(TINY)
     save_weights(other, tmp_path / 'other' / 'model.safetensors')
     shutil.copy(weights / 'model.yaml', tmp_path / 'other')
     with pytest.raises(ValueError, match='another model'):
         predict_folder(one, tmp_path / 'other', out, device='cpu')
     assert {f: f.read_bytes() for f in out.rglob('*') if f.is_file()} == first
-    assert predict_folder(tmp_path / 'in', weights, out, device='cpu')['images'] == 2  # a folder may grow
     with pytest.raises(ValueError, match='is a file'):
         predict_folder(one, weights, one, device='cpu')
+
+
+def lists(out):
+    return {name: read_json(out / f'{name}.json') for name in ('panoptic', 'instances', 'skipped')}
+
+
+def test_a_folder_grows_by_other_images(weights, tmp_path):
+    for name in ('one/a.png', 'one/a.bmp', 'two/a.png'):
+        write_png(tmp_path / 'x.png', picture(sum(map(ord, name))))
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / 'x.png').rename(tmp_path / name)
+    out = tmp_path / 'out'
+    predict_folder(tmp_path / 'one' / 'a.png', weights, out, device='cpu')
+    first = (out / 'overlay' / 'a.png').read_bytes()
+    for name in ('two', 'one'):
+        predict_folder(tmp_path / name, weights, out, device='cpu')
+    assert (out / 'overlay' / 'a.png').read_bytes() == first
+    panoptic = lists(out)['panoptic']
+    names = [im['file_name'] for im in panoptic['images']]
+    assert names == ['one/a.png', 'two/a.png', 'one/a.bmp']
+    files = [a['file_name'] for a in panoptic['annotations']]
+    assert len({*files}) == 3 and files[0] == 'a.png' and files[2] == 'a.bmp.png'
+    model = U2Seg.from_pretrained(weights, device='cpu')
+    for file, name in zip(files, names):
+        assert (read_ids(out / 'panoptic' / file) == model.predict(tmp_path / name).ids).all()
+        assert (out / 'overlay' / file).is_file()
+
+
+def test_it_goes_on_behind_the_last_finished_image(weights, tmp_path, monkeypatch):
+    for i in range(5):
+        write_png(tmp_path / 'in' / f'{i}.png', picture(i))
+    calls, run = [], U2Seg._batch
+
+    def stopped(self, images):
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(len(images))
+        return run(self, images)
+
+    monkeypatch.setattr(U2Seg, '_batch', stopped)
+    with pytest.raises(KeyboardInterrupt):
+        predict_folder(tmp_path / 'in', weights, tmp_path / 'out', device='cpu')
+    assert len(list((tmp_path / 'out' / 'overlay').iterdir())) == 3
+    monkeypatch.setattr(U2Seg, '_batch', lambda self, images: calls.append(len(images)) or run(self, images))
+    predict_folder(tmp_path / 'in', weights, tmp_path / 'out', device='cpu')
+    assert calls == [1] * 5
+    monkeypatch.undo()
+    predict_folder(tmp_path / 'in', weights, tmp_path / 'whole', device='cpu')
+    assert lists(tmp_path / 'out') == lists(tmp_path / 'whole')
+
+
+@pytest.mark.parametrize('fault', [KeyboardInterrupt, ValueError, OSError])
+def test_a_call_that_finishes_no_image_leaves_nothing(weights, tmp_path, monkeypatch, fault):
+    write_png(tmp_path / 'in' / 'a.png', picture())
+
+    def fails(self, images):
+        raise fault('at the first image')
+
+    monkeypatch.setattr(U2Seg, '_batch', fails)
+    with pytest.raises(fault):
+        predict_folder(tmp_path / 'in', weights, tmp_path / 'out', device='cpu')
+    assert not (tmp_path / 'out').exists()
+    (tmp_path / 'in' / 'a.png').write_bytes(b'broken')
+    with pytest.raises(ValueError, match='none of 1 could be read; the first: .*a.png: not a readable image'):
+        predict_folder(tmp_path / 'in', weights, tmp_path / 'out', device='cpu')
+    assert not (tmp_path / 'out').exists()
 
 
 def test_memory_runs_out_half_the_batch(weights, monkeypatch):
@@ -411,7 +475,11 @@ def test_command_line(weights, tmp_path, capsys, monkeypatch):
         + '\n'
     )
     monkeypatch.chdir(tmp_path)
-    assert main(['predict', 'a.png']) == 1 and 'no such file of weights' in (err := capsys.readouterr().err) and err.count('\n') == 1
+    assert (
+        main(['predict', 'a.png']) == 1
+        and 'no such file of weights' in (err := capsys.readouterr().err)
+        and err.count('\n') == 1
+    )
 
 
 def test_importing_prediction_imports_nothing_slow():
@@ -521,6 +589,6 @@ def test_a_photo_of_48_megapixels_fits_into_2_gib(tmp_path):
     small.resize((8000, 6000)).save(tmp_path / 'photos' / 'photo.jpg')
     run = subprocess.run([sys.executable, '-c', PEAK, str(tmp_path)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    with Image.open(tmp_path / 'out' / 'panoptic' / '000000000001.png') as ids:
+    with Image.open(tmp_path / 'out' / 'panoptic' / 'photo.png') as ids:
         assert ids.size == (8000, 6000)
     assert int(run.stdout) < 2 * 2**30, f'{int(run.stdout) / 2**30:.2f} GiB'

@@ -8,21 +8,26 @@ __all__ = ['find_images', 'predict_folder']
 # %% ../nbs/63_folder.ipynb #imports
 import glob
 import hashlib
+import json
 import os
-from functools import partial
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
+from tqdm import tqdm
 
 from .images import list_images, read_image, read_json, write_json, write_png
 from .masks import instances_json, write_ids
 from .predict import _check_batch_size, U2Seg
-from .shards import sharded
+from .shards import _load_ahead, _stamp, _worker
 
 # %% ../nbs/63_folder.ipynb #short_name
 def _short_name(path:str)->str:
     p = Path(path)
-    if len(os.fsencode(p.name)) <= 255: return path
+    if len(os.fsencode(p.name)) <= 250: return path
     start = os.fsencode(p.stem)[:200].decode(errors='ignore')
     digest = hashlib.sha256(os.fsencode(p.name)).hexdigest()[:16]
     return str(p.with_name(f'{start}-{digest}{p.suffix}'))
@@ -30,7 +35,7 @@ def _short_name(path:str)->str:
 # %% ../nbs/63_folder.ipynb #find_images
 def find_images(images:str|Path|list, # files, folders, patterns such as 'photos/*.jpg'
                 *, without:str|Path|None=None, # a folder whose files are left out
-                )->tuple[Path, list[dict]]: # the folder that names are relative to; [{id, file_name, overlay}]
+                )->list[str]:         # absolute paths
     "All images that files, folders and patterns name, once each; `ValueError` if there is none."
     files = []
     for x in [images] if isinstance(images, (str, os.PathLike)) else images:
@@ -41,14 +46,7 @@ def find_images(images:str|Path|list, # files, folders, patterns such as 'photos
     inside = None if without is None else os.path.join(os.path.abspath(without), '')
     files = [f for f in files if inside is None or not f.startswith(inside)]
     if not files: raise ValueError(f'{images}: no image outside of {without}')
-    root = Path(os.path.commonpath([os.path.dirname(f) for f in files]))
-    items = [dict(id=i, file_name=Path(f).relative_to(root).as_posix()) for i, f in enumerate(files, 1)]
-    stems = set()
-    for im in items:
-        stem = str(Path(im['file_name']).with_suffix(''))
-        im['overlay'] = _short_name(f"overlay/{im['file_name'] if stem in stems else stem}.png")
-        stems.add(stem)
-    return root, items
+    return files
 
 def _files(x)->list[str]: # of one file, folder or pattern
     if Path(x).is_dir(): files = [str(Path(x)/im['file_name']) for im in list_images(x, ['.'])]
@@ -57,19 +55,35 @@ def _files(x)->list[str]: # of one file, folder or pattern
     if not files: raise ValueError(f'{x}: no such image or folder')
     return files
 
+# %% ../nbs/63_folder.ipynb #name_images
+def _root(files)->Path: return Path(os.path.commonpath([os.path.dirname(f) for f in files]))
+
+def _name_images(files:list[str], known:dict[str, str])->dict[str, str]: # path of an image -> file name of its results
+    names, taken, root = dict(known), {*known.values()}, _root(files)
+    for f in files:
+        if f in names: continue
+        path = Path(f).relative_to(root)
+        digest = hashlib.sha256(os.fsencode(f)).hexdigest()[:8]
+        choices = path.with_suffix(''), path, path.with_suffix(f'.{digest}')
+        names[f] = next(n for n in (_short_name(f'{c.as_posix()}.png') for c in choices) if n not in taken)
+        taken.add(names[f])
+    return names
+
 # %% ../nbs/63_folder.ipynb #claim
-def _claim(out, weights, files):
-    "Note whose results the folder holds; refuse to overwrite others."
-    note = out/'.work'/'of.json'
-    if note.is_file():
-        old = read_json(note)
-        others = sorted(set(old['pictures']) - set(files))
-        way_out = 'name another folder, or delete this one'
-        if old['weights'] != weights: raise ValueError(f'{out}: holds the results of another model; {way_out}')
-        if others:
-            count = f"{len(others)} other image{'s'*(len(others) > 1)}"
-            raise ValueError(f'{out}: holds the results of {count}, such as {others[0]}; {way_out}')
-    write_json(note, dict(weights=weights, pictures=files))
+def _claim(out, model, files)->dict[str, str]: # as of `_name_images`, of all images that the folder knows
+    "Note whose results the folder holds; `ValueError` if it holds those of another model or other settings."
+    note = out/'.work'/'images.json'
+    own = json.loads(json.dumps(dict(weights=_digest(model.model), settings=model.model.config, names=model.names)))
+    old = read_json(note) if note.is_file() else dict(own, images={})
+    way_out = 'name another folder, or delete this one'
+    if old['weights'] != own['weights']: raise ValueError(f'{out}: holds the results of another model; {way_out}')
+    for k, v in own['settings'].items():
+        if (was := old['settings'].get(k)) != v:
+            raise ValueError(f'{out}: holds results of {k} {was}, not {v}; {way_out}')
+    if old['names'] != own['names']: raise ValueError(f'{out}: holds results with other names of classes; {way_out}')
+    images = _name_images(files, old['images'])
+    write_json(note, dict(own, images=images))
+    return images
 
 def _digest(model):
     h = hashlib.sha256()
@@ -77,31 +91,22 @@ def _digest(model):
     return h.hexdigest()
 
 # %% ../nbs/63_folder.ipynb #write_results
+def _record(out, item): return (out/'.work'/'records'/item['name']).with_suffix('.json')
+
+def _entry(out, item): # what became of an image: its record or why it was skipped; None: not finished
+    try: entry = read_json(_record(out, item))
+    except ValueError: return None
+    there = all((out/folder/item['name']).is_file() for folder in ('overlay', 'panoptic'))
+    return entry if there or 'skipped' in entry else None
+
 def _write(model, out, batch_size, loaded):
-    records = []
+    "Predict some images and write all their files."
     predictions = model.predict([image for _, image in loaded], batch_size=batch_size)
     for (item, image), p in zip(loaded, predictions):
-        size = dict(height=image.shape[0], width=image.shape[1])
-        name = f"{item['id']:012d}.png"
-        write_ids(out/'panoptic'/name, p.ids)
-        write_png(out/item['overlay'], p.overlay())
-        files = [f'panoptic/{name}', item['overlay']]
-        records.append(dict(item=item, **size, files=files, **p.to_coco(item['id'])))
-    return records
-
-def _write_lists(out, model, records, skipped):
-    n = model.model.config['n_things']
-    categories = [dict(id=i, name=name, isthing=int(i <= n)) for i, name in model.names.items()]
-    things = [c for c in categories if c['isthing']]
-    images, instances, panoptic = [], [], []
-    for r in records:
-        i = r['item']['id']
-        images.append(dict(id=i, file_name=r['item']['file_name'], height=r['height'], width=r['width']))
-        instances += r['annotations']
-        panoptic.append(dict(image_id=i, file_name=f'{i:012d}.png', segments_info=r['segments_info']))
-    write_json(out/'instances.json', instances_json(images, instances, things))
-    write_json(out/'panoptic.json', dict(images=images, categories=categories, annotations=panoptic))
-    write_json(out/'skipped.json', skipped)
+        write_ids(out/'panoptic'/item['name'], p.ids)
+        write_png(out/'overlay'/item['name'], p.overlay(names=True))
+        record = dict(height=image.shape[0], width=image.shape[1], **p.to_coco(item['id']))
+        write_json(_record(out, item), dict(stamp=item['stamp'], record=record))
 
 # %% ../nbs/63_folder.ipynb #read_ahead
 def _read_ahead(files, n_max)->int: # 1 ... n_max
@@ -113,27 +118,82 @@ def _n_pixels(file): # as its header says; 0 if it cannot be read, which is repo
         with Image.open(file) as im: return im.width*im.height
     except Exception: return 0
 
+# %% ../nbs/63_folder.ipynb #predict_items
+def _predict_items(model, out, items, batch_size):
+    "Predict the images that are not finished; those that cannot be read are noted with the reason."
+    rank, world = _worker()
+    mine = items[rank::world]
+    is_done = lambda item: (e := _entry(out, item)) and e['stamp'] == item['stamp'] and 'record' in e
+    todo = [item for item in mine if not is_done(item)]
+    n = _read_ahead([item['file'] for item in todo], batch_size or (1 if str(model.device) == 'cpu' else 16))
+    batches = [todo[i:i + n] for i in range(0, len(todo), n)]
+    load = lambda item: (item, read_image(item['file']))
+    progress = dict(desc='predicting', unit='image', total=len(mine), initial=len(mine) - len(todo))
+    with ThreadPoolExecutor(4) as pool, tqdm(**progress) as bar:
+        for batch, loaded in zip(batches, _load_ahead(load, batches, pool)):
+            for item, (_, error) in zip(batch, loaded):
+                if error: write_json(_record(out, item), dict(stamp=item['stamp'], skipped=error))
+            good = [pair for pair, error in loaded if error is None]
+            if good: _write(model, out, batch_size, good)
+            bar.update(len(batch))
+
+def _all_entries(out, items): # of every image; under torchrun this waits for those of the other workers
+    _, world = _worker()
+    while world > 1 and None in [_entry(out, item) for item in items]: time.sleep(.2)
+    return [_entry(out, item) for item in items]
+
+# %% ../nbs/63_folder.ipynb #write_lists
+def _write_lists(out, model, items, entries):
+    n, root = model.model.config['n_things'], _root([item['file'] for item in items])
+    categories = [dict(id=i, name=name, isthing=int(i <= n)) for i, name in model.names.items()]
+    images, instances, panoptic, skipped = [], [], [], []
+    for item, e in zip(items, entries):
+        file_name = Path(item['file']).relative_to(root).as_posix()
+        if e and 'skipped' in e: skipped.append(dict(file_name=file_name, reason=e['skipped']))
+        if not e or 'skipped' in e: continue
+        r = e['record']
+        images.append(dict(id=item['id'], file_name=file_name, height=r['height'], width=r['width']))
+        instances += r['annotations']
+        panoptic.append(dict(image_id=item['id'], file_name=item['name'], segments_info=r['segments_info']))
+    things = [c for c in categories if c['isthing']]
+    write_json(out/'instances.json', instances_json(images, instances, things))
+    write_json(out/'panoptic.json', dict(images=images, categories=categories, annotations=panoptic))
+    write_json(out/'skipped.json', skipped)
+
+# %% ../nbs/63_folder.ipynb #nothing_left
+@contextmanager
+def _nothing_left(out):
+    "If not one image gets finished, a folder that was not there before is removed again."
+    is_new = not out.exists()
+    try: yield
+    except BaseException:
+        if is_new and not (out/'overlay').exists(): shutil.rmtree(out, ignore_errors=True)
+        raise
+
 # %% ../nbs/63_folder.ipynb #predict_folder
 def predict_folder(images:str|Path|list, # files, folders, patterns
                    weights:str|Path,     # see `U2Seg.from_pretrained`
                    out:str|Path,         # folder for the results
                    *, batch_size:int|None=None, device:str|None=None, config:dict|str|Path|None=None,
-                   )->dict:              # counts: images, instances, skipped
-    "Overlays, COCO panoptic and COCO instances of many images; `ValueError` if `out` holds other results."
+                   score:float|None=None, # as in `U2Seg.from_pretrained`
+                   )->dict:               # counts: images, instances, skipped
+    "Overlays, COCO panoptic and COCO instances of many images; `ValueError` if `out` holds another model's results."
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise ValueError(f'{out}: is a file, where the folder of the results is to be')
     _check_batch_size(batch_size)
-    root, items = find_images(images, without=out)
-    model = U2Seg.from_pretrained(weights, config=config, device=device)
-    key = dict(weights=_digest(model.model), config=model.model.config, names=model.names, root=str(root))
-    _claim(out, key['weights'], [str(root/im['file_name']) for im in items])
-    work = partial(_write, model, out, batch_size)
-    at_once = _read_ahead([root/im['file_name'] for im in items], batch_size or 16)
-    options = dict(key=key, root=root, shard_size=64, batch_size=at_once)
-    load = lambda item: (item, read_image(root/item['file_name']))
-    records, skipped = sharded(items, load, work, out/'.work', **options, desc='predicting')
-    for r in records:                                              # a file that someone deleted since
-        if not all((out/f).is_file() for f in r['files']): work([load(r['item'])])
-    _write_lists(out, model, records, skipped)
-    return dict(images=len(records), instances=sum(len(r['annotations']) for r in records), skipped=len(skipped))
+    files = find_images(images, without=out)
+    model = U2Seg.from_pretrained(weights, config=config, device=device, score=score)
+    with _nothing_left(out):
+        names = _claim(out, model, files)
+        stamp = lambda f: _stamp('/', dict(file_name=f))
+        known = [dict(id=i, name=n, file=f, stamp=stamp(f)) for i, (f, n) in enumerate(names.items(), 1)]
+        now = {*files}
+        items = [item for item in known if item['file'] in now]
+        _predict_items(model, out, items, batch_size)
+        entries = _all_entries(out, items)
+        records = [e['record'] for e in entries if 'record' in e]
+        if not records: raise ValueError(f"none of {len(items)} could be read; the first: {entries[0]['skipped']}")
+    if _worker()[0] == 0: _write_lists(out, model, known, [_entry(out, item) for item in known])
+    n_instances = sum(len(r['annotations']) for r in records)
+    return dict(images=len(records), instances=n_instances, skipped=len(items) - len(records))
