@@ -14,7 +14,7 @@ from pycocotools import mask as coco_mask
 from scipy.ndimage import label
 from scipy.spatial import Delaunay
 
-from .images import compressed, next_run
+from .masks import compressed, next_run
 
 # %% ../nbs/29_polygons.ipynb #window
 @njit(cache=True, nogil=True)
@@ -77,8 +77,8 @@ def _n_corners(mask):
     return n
 
 def rings(mask:np.ndarray # bool [H, W]
-          )->tuple[np.ndarray, np.ndarray, np.ndarray]: # corners int64 [n, 2], x and y; first of each ring [m + 1]; part [m]
-    "The outlines and holes of a mask, along the edges of pixels; a part holds together along edges, 1 ..."
+          )->tuple[np.ndarray, np.ndarray, np.ndarray]: # corners int64 [n, 2]; where rings begin [m + 1]; parts [m]
+    "The outlines and holes of a mask along the edges of pixels, and the part of each, 1 ..., joined along edges."
     framed = np.pad(mask, 1)
     n = _n_corners(framed)
     corners, first, seeds = np.empty((n, 2), np.int64), np.empty(n//4 + 1, np.int64), np.empty((n//4, 2), np.int64)
