@@ -22,7 +22,7 @@ import yaml
 from u2seg.correspondence import nearest_images
 from u2seg.features import ViTFeatures
 from u2seg.images import list_images, normalize, read_image, read_json, resize_image, to_tensor
-from u2seg.labeller import Head, Labeller, PatchFeatures, extractor, gather_features
+from u2seg.labeller import Head, Labeller, PatchFeatures, extractor, keep_features, pool_features
 from u2seg.masks import read_ids
 from u2seg.semantic import segment, write_semantic
 from u2seg.matching import match_clusters, pixel_votes
@@ -150,12 +150,11 @@ def prepare(args, p, data):
     vit = ViTFeatures.from_file(args.backbone)
     extract = extractor(vit, p['feature'])
     t = time.process_time()
-    features, pooled, _ = gather_features(
-        PatchFeatures(
-            extract, data['root'], list_images(data['root'], data['train']), size=p['size'], crops=p['crops']
-        ),
-        max_gb=p['max_gb'],
-    )
+    images = list_images(data['root'], data['train'])
+    source = PatchFeatures(extract, data['root'], images, size=p['size'], crops=p['crops'])
+    with tempfile.TemporaryDirectory() as folder:
+        pooled = pool_features(source, folder=folder, key={})[0].clone()
+    features = keep_features(source, max_gb=p['max_gb'])
     made = (
         features,
         pooled,

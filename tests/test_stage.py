@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from u2seg import pipeline as P
+from u2seg import shards
 from u2seg import stage as S
 from u2seg.shards import sharded
 
@@ -122,6 +123,60 @@ def test_a_file_that_changes_is_done_again_and_a_skipped_one_tried_again(tmp_pat
     (tmp_path / '11.txt').write_text('back')
     (tmp_path / 'mended').touch()  # the fault of 4.txt was not in the file
     assert run() == run('fresh') and run()[1] == []
+
+
+def test_a_kill_within_a_shard_costs_one_batch(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, 'KEEP_EVERY', 0.0)
+    items, seen = [dict(file_name=f'{i}', id=i) for i in range(12)], []
+
+    def work(batch):
+        if 7 in batch and 7 not in seen:
+            seen.append(7)
+            raise KeyboardInterrupt
+        seen.extend(batch)
+        return [dict(v=i) for i in batch]
+
+    run = lambda: sharded(items, lambda i: i['id'], work, tmp_path, key={}, shard_size=12, batch_size=3)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert [r['v'] for r in run()[0]] == list(range(12)) and sorted(seen) == sorted([*range(12), 7])
+
+
+CHANGED = '''
+import sys, time
+from pathlib import Path
+from u2seg.shards import sharded
+folder, rank = Path(sys.argv[1]), int(sys.argv[2])
+items = [dict(id=i, file_name=f'{i}.txt') for i in range(4)]
+def load(item):
+    if rank == 0: (folder/'begun').touch()
+    else:
+        while not (folder/'go').exists(): time.sleep(.01)
+    return (folder/item['file_name']).read_text()
+work = lambda batch: [dict(v=x) for x in batch]
+records, _ = sharded(items, load, work, folder/'work', key={}, root=folder, shard_size=2, batch_size=2)
+print([r['v'] for r in records])
+'''
+
+
+def test_an_image_that_changes_between_two_starts_stalls_no_worker(tmp_path):
+    for i in range(4):
+        (tmp_path / f'{i}.txt').write_text(f'old {i}')
+    start = lambda rank: subprocess.Popen(
+        [sys.executable, '-c', CHANGED, str(tmp_path), str(rank)],
+        env=os.environ | dict(RANK=str(rank), WORLD_SIZE='2'),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    first = start(0)
+    while not list(tmp_path.rglob('shard_000000.json')):
+        time.sleep(0.01)
+    (tmp_path / '0.txt').write_text('new 0')
+    os.utime(tmp_path / '0.txt', (1e9, 1e9))
+    second = start(1)
+    (tmp_path / 'go').touch()
+    assert "'new 0', 'old 1', 'old 2', 'old 3'" in second.communicate(timeout=60)[0]
+    assert first.wait(60) == 0 and second.returncode == 0
 
 
 @pytest.mark.parametrize(

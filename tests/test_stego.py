@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from u2seg import semantic, stego
+from u2seg import correspondence, semantic, stego
 from u2seg.correspondence import correspondence_loss, nearest_images, random_partners, random_points, sample, stego_loss
 from u2seg.images import normalize, read_image, to_tensor
 from u2seg.kmeans import spherical_kmeans
@@ -18,8 +18,9 @@ from u2seg.labeller import (
     PatchFeatures,
     PcaHead,
     extractor,
-    gather_features,
+    keep_features,
     load_labeller,
+    pool_features,
     probe_loss,
     save_labeller,
     training_view,
@@ -178,6 +179,26 @@ def test_neighbours_equal_brute_force(block):
     got = nearest_images(x, 7, block=block)
     cos = (x.double() @ x.double().T).fill_diagonal_(-2)
     assert (got == cos.argsort(1, descending=True)[:, :7]).all()
+
+
+def test_neighbours_by_products_are_those_of_faiss():
+    "What a GPU computes, here on the CPU, in pieces of one row."
+    x = F.normalize(torch.randn(53, 8, generator=G()), dim=1)
+    got = correspondence._without_itself(correspondence._product_search(x, 8, x), 0)
+    assert (torch.from_numpy(got) == nearest_images(x, 7)).all()
+
+
+def test_finished_blocks_of_neighbours_are_kept(tmp_path):
+    x = F.normalize(torch.randn(53, 8, generator=G()), dim=1)
+    want = nearest_images(x, 7)
+    kept = lambda: nearest_images(x, 7, block=10, folder=tmp_path)
+    assert (kept() == want).all()
+    files = sorted(tmp_path.rglob('shard_*.json'))
+    assert len(files) == 6
+    times = [f.stat().st_mtime_ns for f in files]
+    files[2].unlink()
+    assert (kept() == want).all()
+    assert [i for i, f in enumerate(files) if f.stat().st_mtime_ns != times[i]] == [2]
 
 
 def test_neighbours_of_duplicates_never_hold_the_image_itself():
@@ -358,20 +379,40 @@ def test_five_crops(pictures):
 
 def test_cache_equals_live_and_broken_files_are_named(pictures):
     root, files = pictures
-    make = lambda: PatchFeatures(extract, root, files, size=32, crops='five')
-    cache, pooled, skipped = gather_features(make(), max_gb=1, batch_size=4)
-    live, pooled2, skipped2 = gather_features(make(), max_gb=1e-9, batch_size=7)
-    assert (
-        isinstance(live, PatchFeatures)
-        and cache.dtype == torch.float16
-        and len(cache) == len(live) == len(pooled) == 25
-    )
-    i = torch.tensor([0, 19, 20, 24])  # beyond the broken file
-    assert torch.allclose(cache[i].float(), live[i], atol=5e-3) and torch.allclose(pooled, pooled2, atol=1e-5)
+    source = PatchFeatures(extract, root, files, size=32, crops='five')
+    again = PatchFeatures(extract, root, files, size=32, crops='five')
+    pooled, skipped = pool_features(source, folder=root / 'a', key={}, batch_size=4)
+    pooled2, skipped2 = pool_features(again, folder=root / 'b', key={}, batch_size=7)
     assert [s['file_name'] for s in skipped] == [s['file_name'] for s in skipped2] == ['4.png']
-    assert torch.allclose(pooled.norm(dim=1), torch.ones(25))
+    assert torch.allclose(pooled, pooled2, atol=1e-5) and torch.allclose(pooled.norm(dim=1), torch.ones(25))
+    cache = keep_features(source, max_gb=1)
+    assert keep_features(again, max_gb=1e-9) is again
+    assert cache.dtype == torch.float16 and len(cache) == len(again) == len(pooled) == 25
+    i = torch.tensor([0, 19, 20, 24])  # beyond the broken file
+    assert torch.allclose(cache[i].float(), again[i], atol=5e-3)
+    assert torch.allclose(pooled[i], F.normalize(again[i].mean((2, 3)), dim=1), atol=1e-5)
     with pytest.raises(ValueError, match='none of 1'):
-        gather_features(PatchFeatures(extract, root, files[4:5], size=32), max_gb=1)
+        pool_features(PatchFeatures(extract, root, files[4:5], size=32), folder=root / 'c', key={})
+
+
+def test_pooled_features_are_made_once_and_again_for_another_image(pictures):
+    root, files = pictures
+    seen = []
+
+    def counted(x):
+        seen.append(len(x))
+        return extract(x)
+
+    def pool():
+        source = PatchFeatures(counted, root, files, size=32)
+        return pool_features(source, folder=root / 'work', key=dict(weights='w'), batch_size=3)[0]
+
+    first = pool()
+    assert sum(seen) == 5 and torch.equal(pool(), first) and sum(seen) == 5
+    image = np.asarray(Image.open(root / '0.png'))
+    Image.fromarray(255 - image).save(root / '0.png')
+    os.utime(root / '0.png', (1e9, 1e9))
+    assert not torch.equal(pool()[0], first[0]) and sum(seen) == 8  # the batch of that image alone
 
 
 @pytest.fixture

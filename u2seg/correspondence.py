@@ -7,13 +7,18 @@ __all__ = ['unit', 'correspondence', 'correspondence_loss', 'random_points', 'sa
            'nearest_images']
 
 # %% ../nbs/53_correspondence.ipynb #imports
-from functools import partial
+import hashlib
+from functools import cache, partial
+from pathlib import Path
 
 import faiss
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .features import own_device
+from .shards import sharded
 
 # %% ../nbs/53_correspondence.ipynb #correspondence
 def unit(x:Tensor)->Tensor:
@@ -83,21 +88,38 @@ def stego_loss(feat:Tensor, code:Tensor,         # [b, d, h, w], [b, c, h, w] of
     return dict(loss=w_self*itself + w_knn*knn + w_rand*rand, self=itself, knn=knn, rand=rand)
 
 # %% ../nbs/53_correspondence.ipynb #nearest_images
+def _cosine_search(x, n):
+    "Rows -> indices int64 [rows, n] of the nearest rows of x: faiss on a CPU, products on this process's GPU."
+    device = own_device()
+    if device.type != 'cpu': return partial(_product_search, x.to(device), n)
+    index = faiss.IndexFlatIP(x.shape[1])
+    index.add(x.numpy())
+    return lambda rows: index.search(rows.numpy(), n)[1]
+
+def _product_search(x, n, rows):
+    pieces = rows.to(x).split(max(2**28//len(x), 1))           # cosines of 1 GiB at once
+    return torch.cat([(piece @ x.T).topk(n).indices for piece in pieces]).cpu().numpy()
+
+def _without_itself(nearest, first): # int64 [b, n + 1] of rows first, first + 1, ... -> [b, n]
+    itself = nearest == np.arange(first, first + len(nearest))[:, None]
+    itself[:, -1] |= ~itself.any(1)                            # duplicates pushed it out of its list: drop the last
+    return nearest[~itself].reshape(len(nearest), -1)
+
 def nearest_images(x:Tensor,           # [n, d], rows of unit length
                    n_neighbors:int,
                    *, block:int=4096,  # queries at once
+                   folder:str|Path|None=None, # where finished blocks are kept and shared; None: nowhere
                    )->Tensor:          # int64 [n, n_neighbors], nearest first, never the image itself
-    "The nearest rows of each row by cosine, exact (faiss; on all GPUs if it has them)."
+    "The nearest rows of each row by cosine, exact."
     if not 1 <= n_neighbors < len(x):
         raise ValueError(f'n_neighbors must lie in 1 ... {len(x) - 1} for {len(x)} images, got {n_neighbors}')
-    x = np.ascontiguousarray(x.cpu().numpy(), np.float32)
-    index = faiss.IndexFlatIP(x.shape[1])
-    if faiss.get_num_gpus(): index = faiss.index_cpu_to_all_gpus(index)
-    index.add(x)
-    out = np.empty((len(x), n_neighbors), np.int64)
-    for i in range(0, len(x), block):
-        nearest = index.search(x[i:i + block], n_neighbors + 1)[1]
-        itself = nearest == np.arange(i, i + len(nearest))[:, None]
-        itself[:, -1] |= ~itself.any(1)                        # duplicates pushed it out of its list: drop the last
-        out[i:i + block] = nearest[~itself].reshape(len(nearest), -1)
-    return torch.from_numpy(out)
+    x = x.cpu().float().contiguous()
+    search = cache(lambda: _cosine_search(x, n_neighbors + 1))
+    def find(i): return _without_itself(search()(x[i:i + block]), i)
+    starts = range(0, len(x), block)
+    if folder is None: return torch.from_numpy(np.concatenate([find(i) for i in starts]))
+    items = [dict(file_name=f'rows {i}', first=i) for i in starts]
+    key = dict(rows=hashlib.sha256(x.numpy()).hexdigest(), n_neighbors=n_neighbors)
+    records, _ = sharded(items, lambda item: item['first'], lambda firsts: [dict(nearest=find(firsts[0]).tolist())],
+                         folder, key=key, shard_size=1, batch_size=1, desc='neighbours')
+    return torch.tensor([row for r in records for row in r['nearest']])

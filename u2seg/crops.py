@@ -128,7 +128,7 @@ def _gather(records, folder, path, dim):
 
 # %% ../nbs/49_crops.ipynb #embed_steps
 def _embed_steps(features, root, rows, cut, embed):
-    "`load` and `work` of `sharded`: item -> (id, crops, masks), and a shard of these -> records."
+    "`load` and `work` of `sharded`: item -> (id, crops, masks), and a few of these -> records."
     def load(item):
         image = read_image(Path(root)/item['file_name'])
         masks = np.stack([decode_rle(m) for m in item['masks']])
@@ -163,7 +163,7 @@ def embed_file(features:nn.Module,      # a `ViTFeatures`
     rows = folder/f'rows_{_digest([key, items])}'
     load, work = _embed_steps(features, root, rows, cut, dict(embedding=embedding, batch_size=batch_size))
     records, skipped = sharded(items, load, work, folder, key=key, root=root,
-                               shard_size=shard_size, batch_size=shard_size, desc=desc)
+                               shard_size=shard_size, batch_size=8, desc=desc)
     _gather(records, rows, Path(path), features.dim)
     return [a for r in records for a in of_image[r['id']]], skipped
 

@@ -8,12 +8,15 @@ __all__ = ['METRICS', 'INITS', 'unit_rows', 'blocks', 'check_rows', 'nearest', '
 
 # %% ../nbs/50_kmeans.ipynb #imports
 from collections.abc import Iterator
+from functools import partial
 
 import faiss
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .features import own_device
 
 # %% ../nbs/50_kmeans.ipynb #blocks
 METRICS = 'euclidean', 'cosine'
@@ -40,24 +43,39 @@ def check_rows(x:np.ndarray):
         if bad.any(): raise ValueError(f'x holds NaN or infinite values, first in row {i + int(bad.argmax())}')
 
 # %% ../nbs/50_kmeans.ipynb #assign_all
-def _index(d, metric):
-    "faiss's exact search; with GPUs, on all of them, the centroids on each."
-    index = faiss.IndexFlatIP(d) if metric == 'cosine' else faiss.IndexFlatL2(d)
-    return faiss.index_cpu_to_all_gpus(index) if faiss.get_num_gpus() else index
+def _product_search(rows, centroids, metric):
+    "Label int64 [n], squared distance or 1 - cosine float32 [n] of each row, by a product on the centroids' device."
+    x = torch.from_numpy(rows).to(centroids.device)
+    similarity = x @ centroids.T
+    if metric == 'cosine': value, label = similarity.max(1)
+    else: value, label = (2*similarity - centroids.square().sum(1)).max(1)
+    distance = 1 - value if metric == 'cosine' else x.square().sum(1) - value
+    return label.cpu().numpy(), distance.cpu().numpy()
 
-def _assign_all(x, centroids, metric, index, sums=None):
-    "Label int64 [n], squared distance or 1 - cosine float32 [n] of each row; adds the rows to `sums` float64 [k, d]."
-    index.reset()
+def _faiss_search(rows, index, metric):
+    value, label = index.search(rows, 1)
+    return label[:, 0], 1 - value[:, 0] if metric == 'cosine' else value[:, 0]
+
+def _searcher(centroids, metric):
+    "Rows -> label and distance of the nearest centroid: faiss on a CPU, a product on this process's GPU."
+    device, d = own_device(), centroids.shape[1]
+    if device.type != 'cpu':
+        return partial(_product_search, centroids=torch.from_numpy(centroids).to(device), metric=metric)
+    index = faiss.IndexFlatIP(d) if metric == 'cosine' else faiss.IndexFlatL2(d)
     index.add(centroids)
+    return partial(_faiss_search, index=index, metric=metric)
+
+# %% ../nbs/50_kmeans.ipynb #assign_rows
+def _assign_all(x, centroids, metric, sums=None):
+    "Label int64 [n], squared distance or 1 - cosine float32 [n] of each row; adds the rows to `sums` float64 [k, d]."
+    search = _searcher(centroids, metric)
     labels = np.empty(len(x), np.int64)
     distances = np.empty(len(x), np.float32)
     for i, rows in blocks(x, metric):
-        d, j = index.search(rows, 1)
         block = slice(i, i + len(rows))
-        labels[block] = j[:, 0]
-        distances[block] = 1 - d[:, 0] if metric == 'cosine' else d[:, 0]
-        if sums is not None:
-            sums += torch.zeros(sums.shape).index_add_(0, torch.from_numpy(j[:, 0]), torch.from_numpy(rows)).numpy()
+        labels[block], distances[block] = search(rows)
+        if sums is None: continue
+        sums += torch.zeros(sums.shape).index_add_(0, torch.from_numpy(labels[block]), torch.from_numpy(rows)).numpy()
     return labels, distances.clip(0)
 
 # %% ../nbs/50_kmeans.ipynb #nearest
@@ -72,7 +90,7 @@ def nearest(x:np.ndarray,         # float [n, d]
     if metric not in METRICS: raise ValueError(f'metric must be one of {", ".join(METRICS)}, got {metric!r}')
     if not len(x): return np.empty(0, np.int64), np.empty(0, np.float32)
     check_rows(x)
-    return _assign_all(x, np.ascontiguousarray(centroids, np.float32), metric, _index(x.shape[1], metric))
+    return _assign_all(x, np.ascontiguousarray(centroids, np.float32), metric)
 
 def assign(x:np.ndarray, centroids:np.ndarray, *, metric:str='euclidean', # as in `nearest`
            )->np.ndarray: # int64 [n]
@@ -128,17 +146,16 @@ def _repair(x, labels, distances, sums, metric):
 # %% ../nbs/50_kmeans.ipynb #lloyd
 def _lloyd(x, centroids, n_iters, metric):
     "Lloyd's iterations to a fixed point, at most `n_iters`: centroids, labels, squared distances."
-    index = _index(x.shape[1], metric)
     before = None
     for _ in range(n_iters):
         sums = np.zeros(centroids.shape)
-        labels, distances = _assign_all(x, centroids, metric, index, sums)
+        labels, distances = _assign_all(x, centroids, metric, sums)
         counts = _repair(x, labels, distances, sums, metric)
         if before is not None and (labels == before).all(): return centroids, labels, distances
         means = unit_rows(sums) if metric == 'cosine' else sums/counts.clip(1)[:, None]
         centroids = np.where(counts[:, None] > 0, means, centroids).astype(np.float32)
         before = labels
-    return centroids, *_assign_all(x, centroids, metric, index)
+    return centroids, *_assign_all(x, centroids, metric)
 
 # %% ../nbs/50_kmeans.ipynb #check_kmeans
 def check_kmeans(*, k:int, n_iters:int, init:str, n_init:int, metric:str):

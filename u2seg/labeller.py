@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['drop_channels', 'Head', 'PcaHead', 'probe_loss', 'cluster_cosines', 'Labeller', 'training_view', 'extractor',
-           'check_crops', 'PatchFeatures', 'gather_features', 'save_labeller', 'load_labeller']
+           'check_crops', 'PatchFeatures', 'pool_features', 'keep_features', 'save_labeller', 'load_labeller']
 
 # %% ../nbs/54_labeller.ipynb #imports
 import json
@@ -21,8 +21,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .crops import _gather, save_arrays
 from .features import embed
 from .images import normalize, read_image, resize_image, to_tensor, write_atomic
+from .shards import _digest, sharded
 
 # %% ../nbs/54_labeller.ipynb #Head
 def drop_channels(x:Tensor, p:float, generator:torch.Generator|None)->Tensor:
@@ -154,31 +156,46 @@ class PatchFeatures:
         numbers = torch.as_tensor(index).tolist()
         with ThreadPoolExecutor(8) as pool: return self.features(list(pool.map(self.read, numbers)))
 
-# %% ../nbs/54_labeller.ipynb #gather_features
-def gather_features(source:PatchFeatures,
-                    *, max_gb:float, # the largest tensor kept, in 10^9 bytes
-                    batch_size:int=32,
-                    )->tuple[Tensor|PatchFeatures, Tensor, list[dict]]: # by view; pooled [n, d]; skipped
-    "One pass over all views: pooled features for the neighbours, and the features themselves if they fit."
-    parts, pooled, bad = [], [], {}
-    for i in tqdm(range(0, len(source), batch_size), desc='features'):
-        views = _read_views(source, range(i, min(i + batch_size, len(source))), bad)
-        if not views: continue
-        x = source.features(views)
-        pooled.append(F.normalize(x.mean((2, 3)), dim=1).cpu())
-        if x[0].numel()*2*len(source) <= max_gb*1e9: parts.append(x.half())
-    source.views = [v for i, v in enumerate(source.views) if i not in bad]
-    if not pooled:
-        reason = next(iter(bad.values()))['reason']
-        raise ValueError(f'none of {len(bad)} images could be read, the first: {reason}')
-    skipped = list({b['file_name']: b for b in bad.values()}.values())
-    return torch.cat(parts) if parts else source, torch.cat(pooled), skipped
+# %% ../nbs/54_labeller.ipynb #pool_features
+def pool_features(source:PatchFeatures,
+                  *, folder:str|Path, # scratch: a killed run goes on from here
+                  key:dict,           # what shapes the features: the weights, the name of the feature
+                  batch_size:int=32,
+                  )->tuple[Tensor, list[dict]]: # unit vectors float32 [n, d]; skipped [{file_name, reason}]
+    "The mean feature of each view; `source` loses those that cannot be read."
+    items = [dict(file_name=name, crop=crop, view=i) for i, (name, crop) in enumerate(source.views)]
+    key = dict(key, size=source.size)
+    rows = Path(folder)/f'pooled_{_digest(key, items)}'
+    load = lambda item: (item['view'], source.read(item['view']))
+    records, skipped = sharded(items, load, partial(_pool, source, rows), folder, key=key, root=source.root,
+                               batch_size=batch_size, desc='features')
+    skipped = list({s['file_name']: s for s in skipped}.values())
+    if not records:
+        raise ValueError(f'none of {len(skipped)} images could be read, the first: {skipped[0]["reason"]}')
+    source.views = [source.views[r['view']] for r in records]
+    _gather(records, rows, rows/'all.npy', records[0]['dim'])
+    return torch.from_numpy(np.load(rows/'all.npy', mmap_mode='c')), skipped
 
-def _read_views(source, views, bad):
-    def one(i):
-        try: return source.read(i)
-        except (ValueError, OSError) as e: bad[i] = dict(file_name=source.views[i][0], reason=str(e))
-    with ThreadPoolExecutor(8) as pool: return [x for x in pool.map(one, views) if x is not None]
+def _pool(source, rows, loaded):
+    views, images = zip(*loaded)
+    x = F.normalize(source.features(images).mean((2, 3)), dim=1).cpu().numpy()
+    name = f'{views[0]:08d}.npy'
+    save_arrays(rows/name, x)
+    return [dict(view=v, file=name, start=i, n=1, dim=x.shape[1]) for i, v in enumerate(views)]
+
+# %% ../nbs/54_labeller.ipynb #keep_features
+def keep_features(source:PatchFeatures,
+                  *, max_gb:float, # the largest tensor kept, in 10^9 bytes
+                  batch_size:int=32,
+                  )->Tensor|PatchFeatures: # float16 [n, d, h, w]; `source` itself if that is too large
+    "The features of all views, if they fit."
+    one = source[[0]][0]
+    if one.numel()*2*len(source) > max_gb*1e9: return source
+    kept = torch.empty(len(source), *one.shape, dtype=torch.half, device=one.device)
+    for i in tqdm(range(0, len(source), batch_size), desc='features kept'):
+        views = range(i, min(i + batch_size, len(source)))
+        kept[i:i + batch_size] = source[views]
+    return kept
 
 # %% ../nbs/54_labeller.ipynb #save_labeller
 def save_labeller(path:str|Path, labeller:Labeller,

@@ -146,6 +146,10 @@ def _train(run, losses, schedule, n_iters, save_every):
     return log
 
 # %% ../nbs/13_pretrain.ipynb #fit
+def _computes_bf16(device):
+    if device.type == 'cuda': return torch.cuda.get_device_capability(device) >= (8, 0)
+    return arithmetic() == 'fast'
+
 def fit(images:np.ndarray,   # uint8 [n, S, S, 3]
         folder:str|Path,     # state.pt lives here
         *, model:dict,       # what `build_vit` builds
@@ -154,10 +158,10 @@ def fit(images:np.ndarray,   # uint8 [n, S, S, 3]
         n_plain:int, image_size:int,  # plain images a step, pixels of their views
         patch_weight:float, image_weight:float, patch_temperature:float, image_temperature:float,
         lr:float, weight_decay:float, warmup_iters:int, ema_decay:float,
-        bf16:bool, seed:int, device:str='cpu', save_every:int=200,
+        bf16:bool, seed:int, device:str|torch.device='cpu', save_every:int=200,
         )->tuple[VisionTransformer, list[dict]]: # averaged weights; a row of the log every `LOG_EVERY` steps
     "Train from scratch without labels, resumable."
-    bf16 = bf16 and (torch.device(device).type != 'cpu' or arithmetic() == 'fast')     # not every CPU has it
+    bf16 = bf16 and _computes_bf16(torch.device(device))
     settings = {k: v for k, v in locals().items() if k not in ('images', 'folder', 'device', 'save_every')}
     settings |= {'n_images': len(images)}
     if save_every % LOG_EVERY: raise ValueError(f'save_every must be a multiple of {LOG_EVERY}, got {save_every}')

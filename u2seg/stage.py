@@ -8,17 +8,21 @@ __all__ = ['EXPONENT', 'SHARED', 'stage_notebook', 'stages', 'declared', 'stage_
 
 # %% ../nbs/06_stage.ipynb #imports
 import ast
+import ctypes
 import math
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
 
 import nbformat
+import psutil
 import yaml
 
 from .exact import PINS, arithmetic
@@ -185,19 +189,43 @@ def tidy(nb):
             o.get('data', {}).pop('application/vnd.jupyter.widget-view+json', None)
     return nb
 
+# %% ../nbs/06_stage.ipynb #passed_on
+@contextmanager
+def _passed_on():
+    "SIGTERM and SIGINT go to the kernel instead of ending this process; the list gets their numbers."
+    got = []
+    def pass_on(number, frame):
+        got.append(number)
+        kernels = psutil.Process().children()
+        if not kernels: raise SystemExit(128 + number)          # nothing to save yet
+        for kernel in kernels: kernel.send_signal(number)
+    is_main = threading.current_thread() is threading.main_thread()
+    signals = (signal.SIGTERM, signal.SIGINT) if is_main else ()
+    old = {s: signal.signal(s, pass_on) for s in signals}
+    if 'DVC_STAGE' in os.environ and sys.platform == 'linux':
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)              # PR_SET_PDEATHSIG
+    try: yield got
+    finally:
+        for s, handler in old.items(): signal.signal(s, handler)
+
 # %% ../nbs/06_stage.ipynb #execute
 def _execute(stage, source, ran, values, root):
     "papermill, with sockets of its own for the kernel, so that two runs never meet; an error is one sentence."
     import papermill
     from traitlets.config import Config
-    with tempfile.TemporaryDirectory() as sockets:
+    with tempfile.TemporaryDirectory() as sockets, _passed_on() as got:
         config = Config(KernelManager=dict(transport='ipc', ip=f'{sockets}/kernel'),
                         NotebookClient=dict(extra_arguments=['--log-level=50']))
         try:
             papermill.execute_notebook(str(source), str(ran), values, cwd=str(root), kernel_name='python3',
                                        language='python', progress_bar=False, stderr_file=sys.stderr, config=config)
-        except papermill.PapermillExecutionError as e:
-            raise SystemExit(f'stage {stage}: {e.ename}: {e.evalue}\n(cell by cell in {ran})') from None
+            return
+        except papermill.PapermillExecutionError as e: reason = f'{e.ename}: {e.evalue}\n(cell by cell in {ran})'
+        except RuntimeError as e:                               # the kernel's process is gone
+            reason = f'{e}, perhaps for want of memory; the same command goes on from what is finished'
+    if not got: raise SystemExit(f'stage {stage}: {reason}')
+    print(f'stage {stage}: stopped; the same command goes on from here', file=sys.stderr)
+    raise SystemExit(128 + got[0])
 
 # %% ../nbs/06_stage.ipynb #held
 def _held()->dict[str, str]:

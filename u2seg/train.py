@@ -230,6 +230,17 @@ def _recipe(model, batches, solver, amp):
     for x in (*getattr(d, 'images', ()), *getattr(d, 'rles', ())): digest.update(repr(x).encode())
     return digest.hexdigest()
 
+# %% ../nbs/44_train.ipynb #able
+def _able(amp, device):
+    "`amp`, or what this device computes in instead; says so."
+    if amp != 'bf16': return amp
+    if device.type == 'cuda':
+        if torch.cuda.get_device_capability(device) >= (8, 0): return amp
+        tqdm.write(f'{device} does not compute in bfloat16: training in float16')
+        return 'fp16'
+    if arithmetic() == 'fast' and torch.ops.mkldnn._is_mkldnn_bf16_supported(): return amp
+    tqdm.write('not every CPU computes in bfloat16: training in float32')
+
 # %% ../nbs/44_train.ipynb #fit
 def fit(model:nn.Module,   # `model(images, targets) -> {name: loss}` in training mode
         batches:Batches,
@@ -239,12 +250,9 @@ def fit(model:nn.Module,   # `model(images, targets) -> {name: loss}` in trainin
         n_workers:int=0,    # loader processes; they change speed alone
         )->list[dict]:     # rows of the log: iteration, lr, losses (means since the row before)
     "Train in place; killed at any moment and called again, it ends with the same weights."
-    folder, device, amp = Path(folder), next(model.parameters()).device, solver.amp
+    folder, device = Path(folder), next(model.parameters()).device
+    amp = _able(solver.amp, device)
     rank, world = _processes(device)
-    able = device.type != 'cpu' or arithmetic() == 'fast' and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if amp == 'bf16' and not able:
-        tqdm.write('not every CPU computes in bfloat16: training in float32')
-        amp = None
     run, key = _Run(model, solver, amp), _recipe(model, batches, solver, amp)
     slices, state = _Slice(batches, rank, world, solver.accumulate), _load(folder/'checkpoint.pt', key)
     if state: _restore(run, state)

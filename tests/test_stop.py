@@ -1,0 +1,117 @@
+"""A stage that is told to stop while it trains saves what it has, and the same command goes on from there."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from u2seg.images import encode_rle, instances_json, write_json, write_png
+from u2seg.recipes import overlay
+
+root = Path(__file__).parents[1]
+SMALL = dict(
+    data=dict(root='images', train=['a']),
+    augment=dict(short_sides=[64], max_size=64),
+    network=dict(min_size=64, max_size=64, roi_batch=8, rpn_post_train=20),
+    cutler=dict(
+        solver=dict(n_iters=16, batch_size=2, warmup_iters=2, checkpoint_period=1000),
+        detect=dict(n_procs=1, score_threshold=0.0),
+        n_workers=0,
+    ),
+)
+
+
+def environment(**more):
+    path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
+    own = dict(PATH=path, PYTHONPATH=str(root), U2SEG_THREADS='1', TQDM_MININTERVAL='0', DVC_NO_ANALYTICS='1')
+    return os.environ | own | {k: str(v) for k, v in more.items()}
+
+
+@pytest.fixture(scope='module')
+def repository(tmp_path_factory):
+    "Stage cutler, and what it needs: six images with one mask each."
+    folder = tmp_path_factory.mktemp('stop') / 'whole'
+    (folder / 'nbs').mkdir(parents=True)
+    shutil.copy(next((root / 'nbs').glob('*_run_cutler.ipynb')), folder / 'nbs')
+    params = overlay(yaml.safe_load((root / 'params.yaml').read_text()), SMALL)
+    (folder / 'params.yaml').write_text(yaml.safe_dump(params))
+    (folder / 'dvc.yaml').write_text(yaml.safe_dump(dict(stages=dict(cutler=dict(cmd='u2seg run cutler')))))
+    rng = np.random.default_rng(0)
+    images, masks = [], []
+    for i in range(1, 7):
+        write_png(folder / 'images' / 'a' / f'{i}.png', rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+        mask = np.zeros((64, 64), bool)
+        mask[8 : 20 + 4 * i, 8:40] = True
+        images.append(dict(id=i, file_name=f'a/{i}.png', width=64, height=64))
+        masks.append(dict(image_id=i, category_id=1, segmentation=encode_rle(mask)))
+    labels = instances_json(images, masks, [dict(id=1, name='fg')])
+    write_json(folder / 'out' / 'maskcut' / 'instances.json', labels)
+    return folder
+
+
+def copy(repository, name):
+    folder = repository.with_name(name)
+    shutil.copytree(repository, folder, ignore=shutil.ignore_patterns('cutler', '.work', '.dvc'))
+    return folder
+
+
+def start(folder, *command, **env):
+    with open(folder / 'log', 'w') as log:
+        return subprocess.Popen(command, cwd=folder, env=environment(**env), stdout=log, stderr=log)
+
+
+def wait_for(seen, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not seen():
+        assert time.monotonic() < end, 'it did not happen in time'
+        assert process.poll() is None, 'the process ended before'
+        time.sleep(0.02)
+
+
+def kernel_of(process):
+    "The process in which the cells of `u2seg run` are executed."
+    children = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
+    return int(children[0])
+
+
+@pytest.fixture(scope='module')
+def whole(repository):
+    "The weights of a run that nobody stops."
+    assert start(repository, 'u2seg', 'run', 'cutler').wait(300) == 0, (repository / 'log').read_text()[-3000:]
+    return (repository / 'out' / 'cutler' / 'model.safetensors').read_bytes()
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='children are found in /proc')
+@pytest.mark.parametrize('how', ['u2seg', 'dvc', 'kernel'])
+def test_a_stage_that_is_stopped_goes_on(repository, whole, how):
+    folder = copy(repository, how)
+    log, checkpoint = folder / 'log', folder / 'out' / '.work' / 'cutler' / 'round0' / 'checkpoint.pt'
+    if how == 'dvc':
+        subprocess.run(['dvc', 'init', '-q', '--no-scm'], cwd=folder, env=environment(), check=True)
+    process = start(folder, *(['dvc', 'repro'] if how == 'dvc' else ['u2seg', 'run', 'cutler']))
+    wait_for(lambda: ' 5/16' in log.read_text(), process)
+    if how == 'kernel':
+        os.kill(kernel_of(process), signal.SIGKILL)
+        assert process.wait(60) == 1
+        assert 'stage cutler: Kernel died' in log.read_text() and 'Traceback' not in log.read_text()
+        assert not checkpoint.exists()
+        return
+    process.send_signal(signal.SIGTERM)
+    code = process.wait(60)
+    end = time.monotonic() + 60
+    while not checkpoint.exists() and time.monotonic() < end:
+        time.sleep(0.05)  # DVC ends before its stage does
+    assert 5 <= torch.load(checkpoint, weights_only=True)['next'] < 16
+    assert how == 'dvc' or code == 128 + signal.SIGTERM
+    assert start(folder, 'u2seg', 'run', 'cutler').wait(300) == 0, log.read_text()[-3000:]
+    assert (folder / 'out' / 'cutler' / 'model.safetensors').read_bytes() == whole
+    assert json.loads((folder / 'out' / 'cutler' / 'metrics.json').read_text())['iterations'] == 16
