@@ -181,3 +181,41 @@ def test_training_goes_on_after_a_host_is_lost(given, tmp_path):
     for name in ('records0.json', 'records1.json', 'weights0.json', 'weights1.json'):
         assert (out / name).read_bytes() == (tmp_path / 'whole' / name).read_bytes(), name
     assert (out / 'weights0.json').read_bytes() == (out / 'weights1.json').read_bytes()
+
+
+TOY = """
+import os
+from pathlib import Path
+from u2seg.images import write_json
+from u2seg.shards import sharded
+out = Path(root)/'out'/'toy'
+def work(batch):
+    with open(out/'made', 'a') as f: f.write(f'{os.getpid()}\\n')
+    return [dict(square=i*i) for i in batch]
+items = [dict(id=i, file_name=f'{i}.jpg') for i in range(n)]
+records, _ = sharded(items, lambda item: item['id'], work, Path(root)/'out'/'.work'/'toy', key={}, shard_size=1)
+write_json(out/'records.json', records)
+"""
+
+
+def run_toy(folder, **env):
+    "A stage of one sharded job, by `u2seg run`; the processes that did it, and what came out."
+    import nbformat
+
+    (folder / 'nbs').mkdir(parents=True)
+    cell = nbformat.v4.new_code_cell
+    tagged = lambda source, tag: cell(source, metadata=dict(tags=[tag]))
+    cells = [tagged("n = 4\nroot = '..'", 'parameters'), tagged('pass', 'check'), cell(TOY)]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / 'nbs' / '10_run_toy.ipynb')
+    (folder / 'params.yaml').write_text('toy: {n: 4}')
+    command = [sys.executable, '-m', 'u2seg.cli', 'run', 'toy']
+    done = subprocess.run(command, cwd=folder, env=ENV | env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    out = folder / 'out' / 'toy'
+    return set((out / 'made').read_text().split()), (out / 'records.json').read_bytes()
+
+
+def test_one_variable_shares_a_stage(tmp_path):
+    alone, want = run_toy(tmp_path / 'alone')
+    shared, got = run_toy(tmp_path / 'shared', U2SEG_PROCS='2')
+    assert (len(alone), len(shared)) == (1, 2) and got == want

@@ -28,7 +28,7 @@ from .exact import arithmetic
 from .images import write_atomic
 from .optim import clip_gradients, parameter_groups, precise_bn
 from .processes import _agree, _asked_to_stop, _average_gradients, _leave, _processes
-from .solver import lr_factor, Solver
+from .solver import check_solver, lr_factor, Solver
 
 # %% ../nbs/44_train.ipynb #checkpoint
 def _save(path, state):
@@ -253,6 +253,7 @@ def fit(model:nn.Module,   # `model(images, targets) -> {name: loss}` in trainin
     folder, device = Path(folder), next(model.parameters()).device
     amp = _able(solver.amp, device)
     rank, world = _processes(device)
+    check_solver(solver, n_procs=world)
     run, key = _Run(model, solver, amp), _recipe(model, batches, solver, amp)
     slices, state = _Slice(batches, rank, world, solver.accumulate), _load(folder/'checkpoint.pt', key)
     if state: _restore(run, state)
