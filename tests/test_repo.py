@@ -152,7 +152,7 @@ def test_only_evaluation_reads_ground_truth():
 
 def imports(source):
     "Modules of the library that a source imports, in any form."
-    lists = re.findall(r'^ *from (?:u2seg|\.) import (.+)$', source, re.M)
+    lists = re.findall(r'^ *from (?:u2seg|\.) import ([^#\n]+)', source, re.M)
     named = [x.split(' as ')[0].strip() for x in ','.join(lists).split(',') if x]
     return [*named, *re.findall(r'^ *from (?:u2seg)?\.(\w+) import', source, re.M)]
 

@@ -11,7 +11,7 @@ import yaml
 from u2seg import margins as M
 from u2seg import sweep as S
 from u2seg.results import read_rows
-from u2seg.stage import load_params
+from u2seg.stage import load_params, stages
 
 root = Path(__file__).parents[1]
 NAMES = list(yaml.safe_load((root / 'ablations' / 'sweeps.yaml').read_text()))
@@ -24,7 +24,10 @@ def test_committed_sweeps_pass_the_stages_checks(name):
     S.check_experiments(todo, root)
     assert len({e['name'] for e in todo}) == len(todo) == 3 * len(sweep['settings'])
     changes = [json.dumps(S.changed(load_params(root), e['set']), sort_keys=True) for e in todo]
-    assert len(set(changes)) == len(changes), 'two experiments are the same'
+    committed = json.dumps(load_params(root), sort_keys=True)
+    others = [c for c in changes if c != committed]  # one source of randomness at a time: its first seed is that run
+    assert len(set(others)) == len(others), 'two experiments are the same'
+    assert name == 'variance' or changes.count(committed) <= 1
     assert sweep['methods'] == 'all' or set(sweep['methods']) <= {
         'MaskCut + clusters',
         'CutLER+',
@@ -51,9 +54,23 @@ def test_plain_paste_of_more_than_the_picture_is_refused(stage):
                 S.check_experiments(todo, root)
 
 
+def test_each_source_of_randomness_has_a_seed_of_its_own():
+    "What `seeds` reseeds together, `variance` and `few_labels` reseed one by one."
+    together, alone, few = (
+        S.read_sweep(root / 'ablations' / 'sweeps.yaml', name) for name in ('seeds', 'variance', 'few_labels')
+    )
+    assert all(list(values.values()) == ['seed'] for values in alone['settings'].values())
+    apart = {p for values in alone['settings'].values() for p in values}
+    assert {*together['seeds']} == apart | {*few['seeds']}
+    seeded = {f'{stage}.seed' for stage in stages(root) if 'seed' in load_params(root)[stage]}
+    assert seeded - {'features.seed'} == apart  # the features travel with the repository
+
+
 def test_every_ablation_of_the_paper_is_there():
     assert set(NAMES) == {
         'seeds',
+        'variance',
+        'few_labels',
         'clusters',
         'tau_and_n',
         'crf',
@@ -183,6 +200,15 @@ def test_a_clone_has_the_images_and_weights_that_neither_git_nor_dvc_carries(toy
         assert (clone / name).read_text() == (toy / name).read_text()
     assert sh('git', 'status', '--porcelain', cwd=clone) == ''
     assert not (clone / 'pictures' / 'README.md').is_symlink() and not (toy / 'pictures' / 'coco').is_symlink()
+
+
+def test_the_seed_goes_where_a_setting_asks_for_it():
+    sweep = dict(
+        seeds=['a.seed'], base={'a.n': 3}, targets=['a'], settings={'x': {'b.seeds': 'seed', 'b.name': 'other'}}
+    )
+    params = dict(a=dict(seed=0, n=1), b=dict(seeds=[0], name='seeds'))
+    (e,) = S.experiments('s', sweep, params, seeds=[7])
+    assert e['set'] == {'a.seed': 7, 'a.n': 3, 'b.seeds': [7], 'b.name': 'other'}
 
 
 def test_a_wrong_setting_stops_before_anything_runs(toy):

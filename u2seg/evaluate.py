@@ -219,9 +219,10 @@ def evaluate(predictions:dict[str, dict], # split -> method -> image id -> predi
     return rows, mappings
 
 # %% ../nbs/74_evaluate.ipynb #check_options
-def check_options(*, n_fit_images:int, classes:str, batch_size:int, n_procs:int, **thresholds):
+def check_options(*, n_fit_images:int, seed:int, classes:str, batch_size:int, n_procs:int, **thresholds):
     "`ValueError` for parameters of stage evaluate that cannot be."
     if n_fit_images < 0: raise ValueError(f'n_fit_images must be 0 or more, got {n_fit_images}')
+    if seed < 0: raise ValueError(f'seed must be 0 or more, got {seed}')
     if classes not in ('given', 'supercategories'):
         raise ValueError(f"classes must be 'given' or 'supercategories', got {classes!r}")
     if batch_size < 1 or n_procs < 1:

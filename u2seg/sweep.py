@@ -49,10 +49,11 @@ def experiments(name:str, sweep:dict,  # of `read_sweep`
                 *, seeds:list[int])->list[dict]: # {name, setting, seed, set: {parameter: value}, targets}
     "One experiment for each seed and setting."
     def one(setting, values, seed):
-        seeded = {p: [seed] if isinstance(_get(params, p), list) else seed for p in sweep['seeds']}
+        seeded = [*sweep['seeds'], *(p for p, v in values.items() if v == 'seed')]
+        seeded = {p: [seed] if isinstance(_get(params, p), list) else seed for p in seeded}
         words = f'{name}-{setting}-s{seed}'.replace('.', '')
         short = ''.join(c if c.isalnum() else '-' for c in words)
-        changes = seeded | sweep['base'] | values
+        changes = sweep['base'] | values | seeded
         return dict(name=short, setting=setting, seed=seed, set=changes, targets=sweep['targets'])
     return [one(setting, values, seed) for seed in seeds for setting, values in sweep['settings'].items()]
 

@@ -133,7 +133,8 @@ def _instances_beside(truth):
 # %% ../nbs/72_truth.ipynb #read_truth
 def read_truth(root:str|Path, # the folder that splits are relative to
                split:str,     # such as 'scenes/val'
-               *, n_images:int|None=None, # so many images, evenly spaced; None: all
+               *, n_images:int|None=None, # so many images; None: all
+               seed:int|None=None,        # of the draw; None: evenly spaced
                classes:str='given',       # 'given' or 'supercategories'
                )->GroundTruth:
     "The ground truth of a split; `ValueError` names the file and what it lacks."
@@ -146,13 +147,17 @@ def read_truth(root:str|Path, # the folder that splits are relative to
         if classes == 'supercategories': panoptic = panoptic.but(**supercategories(panoptic))
         beside = path.with_name(path.name.replace('panoptic_', 'instances_', 1))
         source = beside if beside.exists() else None
-    return GroundTruth(split, _spaced(panoptic, path, split, n_images), maps, source)
+    return GroundTruth(split, _some(panoptic, path, split, n_images, seed), maps, source)
 
-def _spaced(panoptic, path, split, n_images):
+def _places(n, n_images, seed): # of n_images among n, rising
+    if seed is None: return np.linspace(0, n - 1, n_images).round().astype(int)
+    return np.sort(np.random.default_rng(seed).permutation(n)[:n_images])
+
+def _some(panoptic, path, split, n_images, seed):
     "`n_images` of the images, categories in order, file names relative to the root of the split."
     annotations = sorted(panoptic['annotations'], key=lambda a: a['image_id'])
     if n_images is not None and n_images < len(annotations):
-        annotations = [annotations[i] for i in np.linspace(0, len(annotations) - 1, n_images).round().astype(int)]
+        annotations = [annotations[i] for i in _places(len(annotations), n_images, seed)]
     images = {im['id']: im for im in panoptic.get('images', [])}
     for i, im in images.items():
         if 'file_name' not in im: raise ValueError(f'{path}: not a COCO annotation file (image {i} has no file_name)')
@@ -195,9 +200,10 @@ def _map_size(truth, annotation):
 # %% ../nbs/72_truth.ipynb #read_truths
 def read_truths(root:str|Path, splits:list[str],
                 *, n_images:int|None=None, # over all splits; None: all
+                seed:int|None=None,        # of the draw; None: evenly spaced
                 classes:str='given',       # as in `read_truth`
                 )->dict[str, GroundTruth]: # split -> ground truth
     "The sound ground truth of those splits that have one."
     splits = [s for s in splits if annotation_file(root, s).exists()]
     each = None if n_images is None else max(n_images // max(len(splits), 1), 1)
-    return {s: sound(read_truth(root, s, n_images=each, classes=classes), root) for s in splits}
+    return {s: sound(read_truth(root, s, n_images=each, seed=seed, classes=classes), root) for s in splits}
