@@ -214,12 +214,7 @@ def reported(tmp_path, monkeypatch):
 
 def test_a_run_writes_only_what_is_ignored_and_publish_the_rest(reported):
     assert git(reported, 'status', '--porcelain') == ''
-    assert {p.name for p in (reported / 'out' / 'report').iterdir()} == {
-        'results.md',
-        'readme.md',
-        'metrics.json',
-        'run.ipynb',
-    }
+    assert (reported / 'out' / 'report' / 'metrics.json').is_file()
     assert '## Beside the seeds' in (reported / 'out' / 'report' / 'results.md').read_text()
     assert cli.main(['publish', 'report']) == 0
     table = (reported / 'out' / 'report' / 'readme.md').read_text().strip()
