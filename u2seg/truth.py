@@ -130,6 +130,25 @@ def _instances_beside(truth):
     coco = coco.but(images=truth.images, annotations=annotations)
     return things_only(coco, path)[1] if annotations else coco
 
+# %% ../nbs/72_truth.ipynb #some
+def _places(n, n_images, seed): # of n_images among n, rising
+    if seed is None: return np.linspace(0, n - 1, n_images).round().astype(int)
+    return np.sort(np.random.default_rng(seed).permutation(n)[:n_images])
+
+def _some(panoptic, path, split, n_images, seed):
+    "`n_images` of the images, categories in order, file names relative to the root of the split."
+    annotations = sorted(panoptic['annotations'], key=lambda a: a['image_id'])
+    if n_images is not None and n_images < len(annotations):
+        annotations = [annotations[i] for i in _places(len(annotations), n_images, seed)]
+    images = {im['id']: im for im in panoptic.get('images', [])}
+    for i, im in images.items():
+        if 'file_name' not in im: raise ValueError(f'{path}: not a COCO annotation file (image {i} has no file_name)')
+    if annotations and not images: raise ValueError(f"{path}: not a panoptic file (it needs the list 'images')")
+    images = [images[a['image_id']] for a in annotations]
+    images = [dict(im, file_name=f"{split}/{im['file_name']}") for im in images]
+    categories = sorted(panoptic['categories'], key=lambda c: c['id'])
+    return panoptic.but(images=images, annotations=annotations, categories=categories)
+
 # %% ../nbs/72_truth.ipynb #read_truth
 def read_truth(root:str|Path, # the folder that splits are relative to
                split:str,     # such as 'scenes/val'
@@ -148,24 +167,6 @@ def read_truth(root:str|Path, # the folder that splits are relative to
         beside = path.with_name(path.name.replace('panoptic_', 'instances_', 1))
         source = beside if beside.exists() else None
     return GroundTruth(split, _some(panoptic, path, split, n_images, seed), maps, source)
-
-def _places(n, n_images, seed): # of n_images among n, rising
-    if seed is None: return np.linspace(0, n - 1, n_images).round().astype(int)
-    return np.sort(np.random.default_rng(seed).permutation(n)[:n_images])
-
-def _some(panoptic, path, split, n_images, seed):
-    "`n_images` of the images, categories in order, file names relative to the root of the split."
-    annotations = sorted(panoptic['annotations'], key=lambda a: a['image_id'])
-    if n_images is not None and n_images < len(annotations):
-        annotations = [annotations[i] for i in _places(len(annotations), n_images, seed)]
-    images = {im['id']: im for im in panoptic.get('images', [])}
-    for i, im in images.items():
-        if 'file_name' not in im: raise ValueError(f'{path}: not a COCO annotation file (image {i} has no file_name)')
-    if annotations and not images: raise ValueError(f"{path}: not a panoptic file (it needs the list 'images')")
-    images = [images[a['image_id']] for a in annotations]
-    images = [dict(im, file_name=f"{split}/{im['file_name']}") for im in images]
-    categories = sorted(panoptic['categories'], key=lambda c: c['id'])
-    return panoptic.but(images=images, annotations=annotations, categories=categories)
 
 # %% ../nbs/72_truth.ipynb #truth_map
 def truth_map(truth:GroundTruth, image_id:int)->np.ndarray: # int32 [H, W], 0 = void
