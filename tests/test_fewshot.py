@@ -127,6 +127,29 @@ def test_subsets_are_nested_seeded_and_of_the_right_size():
         nested_subsets(10, percents=[100.5], seed=0)
 
 
+def test_a_file_says_which_images_are_trained_on(root, tmp_path, monkeypatch):
+    "As CutLER's files for COCO: K in the name, images without their folder."
+    names = ['2.png', '7.png', '9.png']
+    listed = [dict(id=int(n[0]) + 100, file_name=n) for n in names]
+    write_json(tmp_path / '20perc_x.json', dict(images=listed, annotations=[], categories=CATEGORIES))
+    options = dict(percents=[20], n_iters=[2], inits=['random'], seeds=[0], subsets='{percent}perc_x.json')
+    fewshot.check_runs(**options, root=tmp_path)
+    (run,) = fewshot.few_shot_jobs(tmp_path / 'out', **options)
+    trained, real = [], fewshot.fit
+    monkeypatch.setattr(fewshot, 'fit', lambda model, b, *a, **k: trained.append(b) or real(model, b, *a, **k))
+    keep = dict(root=root, train=['s/train'], val=['s/val'], config=CONFIG, augment=AUGMENT, solver=SOLVER, n_val=None)
+    assert few_shot(run, folder=tmp_path / 'run', **keep)['n_images'] == 3
+    assert [Path(im['file_name']).name for im in trained[0].dataset.images] == names
+    few_shot(run, folder=tmp_path / 'run', **keep)
+    write_json(tmp_path / '20perc_x.json', dict(images=listed[:2]))
+    assert few_shot(run, folder=tmp_path / 'run', **keep)['n_images'] == 2 and len(trained) == 2
+    with pytest.raises(ValueError, match='2 annotated images of data.train are called'):
+        few_shot(run, folder=tmp_path / 'both', **keep | dict(train=['s/train', 't/train']))
+    for subsets, message in (('x.json', 'must have .percent.'), ('{percent}perc_y.json', 'there is no file')):
+        with pytest.raises(ValueError, match=message):
+            fewshot.check_runs(**options | dict(subsets=subsets), root=tmp_path)
+
+
 def test_true_labels_become_targets(root):
     truths = [read_truth(root, s) for s in ('s/train', 't/train')]
     data = LabelledImages(root, truths)

@@ -32,6 +32,7 @@ from u2seg.stego import (
     fit_stego,
     linear_probe,
     load_stego_checkpoint,
+    released_labeller,
     refit_probe,
     step_batch,
 )
@@ -696,7 +697,7 @@ GOOD = dict(
 @pytest.mark.parametrize(
     'bad, words',
     [
-        (dict(labeller='cause'), "labeller must be 'stego' or 'kmeans', got 'cause'"),
+        (dict(labeller='cause'), "labeller must be 'stego' or 'kmeans', or a .* code, got 'cause'"),
         (dict(probe='em'), 'probe must be'),
         (dict(feature='block'), 'feature must be'),
         (dict(crops='ten'), 'crops must be'),
@@ -804,6 +805,22 @@ def test_checkpoint_that_is_none(tmp_path):
     (tmp_path / 'text.ckpt').write_text('no checkpoint')
     with pytest.raises(ValueError, match='text.ckpt: is text, not weights'):
         load_stego_checkpoint(tmp_path / 'text.ckpt')
+
+
+def test_the_stage_takes_a_released_labeller_of_its_own_size_alone(tmp_path):
+    path = tmp_path / 'stego.ckpt'
+    torch.save(dict(state_dict=release_names()), path)
+    x = torch.randn(2, 6, 3, 3, generator=G(1))
+    assert torch.equal(
+        released_labeller(path, dim=6, n_classes=27).code(x),
+        load_stego_checkpoint(path)[0].code(x),
+    )
+    for wrong, words in ((dict(dim=16, n_classes=27), '6 features'), (dict(dim=6, n_classes=14), '27 classes')):
+        with pytest.raises(ValueError, match=f'stego.ckpt: is of {words}, the stage has'):
+            released_labeller(path, **wrong)
+    check_options(**GOOD | dict(labeller='stego.ckpt'), root=tmp_path)
+    with pytest.raises(ValueError, match='or a checkpoint of the official code'):
+        check_options(**GOOD | dict(labeller='none.ckpt'), root=tmp_path)
 
 
 def test_published_settings_are_complete_sections():

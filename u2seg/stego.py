@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'OFFICIAL', 'step_batch', 'fit_stego', 'all_codes', 'refit_probe', 'fit_kmeans', 'linear_probe',
-           'load_stego_checkpoint', 'check_options', 'check_data']
+           'load_stego_checkpoint', 'released_labeller', 'check_options', 'check_data']
 
 # %% ../nbs/55_stego.ipynb #imports
 import csv
@@ -184,13 +184,26 @@ def load_stego_checkpoint(path:str|Path, # a Lightning .ckpt of the official cod
     probe = {k.removeprefix('linear_probe.'): v for k, v in state.items() if k.startswith('linear_probe.')}
     return labeller.eval().requires_grad_(False), probe
 
+def released_labeller(path:str|Path, *, dim:int, # channels of the backbone's features
+                      n_classes:int)->Labeller:
+    "The labeller of an official checkpoint; `ValueError` if it is of another backbone or number of classes."
+    labeller, _ = load_stego_checkpoint(path)
+    of = dict(features=labeller.head.linear.in_channels, classes=len(labeller.clusters))
+    wanted = dict(features=dim, classes=n_classes)
+    for name in of:
+        if of[name] != wanted[name]: raise ValueError(f'{path}: is of {of[name]} {name}, the stage has {wanted[name]}')
+    return labeller
+
 # %% ../nbs/55_stego.ipynb #check_options
 def check_options(*, labeller:str, probe:str, feature:str, size:int, crops:str, n_classes:int, batch_size:int,
                   dropout:float, smooth:int, segment:dict, crf:dict|None,
                   counts:dict,    # name -> value of what must be 1 or more
-                  positive:dict): # name -> value of what must be above 0
+                  positive:dict, # name -> value of what must be above 0
+                  root:str|Path='.'): # folder that a file is relative to
     "`ValueError` names the first parameter of stage stego that cannot be."
-    if labeller not in ('stego', 'kmeans'): raise ValueError(f"labeller must be 'stego' or 'kmeans', got {labeller!r}")
+    if labeller not in ('stego', 'kmeans') and not Path(root, labeller).is_file():
+        allowed = "'stego' or 'kmeans', or a checkpoint of the official code"
+        raise ValueError(f'labeller must be {allowed}, got {labeller!r}')
     if probe not in ('sgd', 'kmeans'): raise ValueError(f"probe must be 'sgd' or 'kmeans', got {probe!r}")
     is_block = feature.startswith('block') and feature[5:].isdigit()
     if feature not in ('patches', 'keys') and not is_block:
