@@ -110,3 +110,40 @@ def test_the_command(repo):
     assert run('use', 'coco').returncode == 0 and 'Written by `u2seg use coco`' in (repo / 'params.yaml').read_text()
     wrong = run('use', 'cocoo')
     assert wrong.returncode == 1 and wrong.stderr.startswith("u2seg: no recipe 'cocoo'")
+
+
+def test_a_folder_of_photographs_gives_the_recipe_its_size(repo, tmp_path):
+    for i in range(120):
+        (tmp_path / 'trip' / f'{i % 7}' / f'{i}.jpg').parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / 'trip' / f'{i % 7}' / f'{i}.jpg').touch()
+    R.use('photos', repo, images=tmp_path / 'trip')
+    text = (repo / 'params.yaml').read_text()
+    params = yaml.safe_load(text)
+    assert params['data'] == dict(root=str(tmp_path / 'trip'), train=['.'], val=[])
+    assert params['cluster']['k'] == 20  # 120 / 6 < 2 sqrt(120)
+    assert params['cutler']['solver']['n_iters'] == params['train']['solver']['n_iters'] == 1650  # 150 sqrt(120)
+    assert f'\n# 120 images in {tmp_path}/trip: 20 clusters; 1,650 iterations' in text
+    before = text
+    for name, folder, message in [
+        ('coco', 'trip', 'recipe coco is made for its own data'),
+        ('photos', 'none', 'no such folder of images'),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            R.use(name, repo, images=tmp_path / folder)
+    assert (repo / 'params.yaml').read_text() == before
+
+
+def test_check_finds_missing_weights_and_annotations(repo):
+    R.use('coco', repo)
+    with pytest.raises(ValueError, match='cutler.initial names weights/dino_resnet50_pretrain.pth, which is not there'):
+        R.check_files(repo)
+    for name in ('dino_resnet50', 'dino_vitbase8'):
+        with pytest.raises(ValueError, match=f'names weights/{name}_pretrain.pth'):
+            R.check_files(repo)
+        (repo / 'weights').mkdir(exist_ok=True)
+        (repo / 'weights' / f'{name}_pretrain.pth').touch()
+    with pytest.raises(ValueError, match='data.val names val2017, but its ground truth .*panoptic_val2017.json is not'):
+        R.check_files(repo)
+    (repo / 'data' / 'coco' / 'annotations').mkdir(parents=True)
+    (repo / 'data' / 'coco' / 'annotations' / 'panoptic_val2017.json').touch()
+    R.check_files(repo)

@@ -92,4 +92,5 @@ def check_initial(initial:str,            # a name or a file
                   *, names:tuple[str, ...]=('random',)): # of initial weights that are no file of the user's
     "`ValueError` if the initial weights are neither one of `names` nor a file under root."
     if initial in names or Path(root, initial).is_file(): return
-    raise ValueError(f'initial must be {", ".join(map(repr, names))} or a file of weights, got {initial!r}')
+    raise ValueError(f'initial must be {", ".join(map(repr, names))} or a file of weights, got {initial!r}, '
+                     'which is not there; `u2seg download` lists what it fetches')

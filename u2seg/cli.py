@@ -18,10 +18,12 @@ def run(stage:str):
     run_stage(stage)
 
 def check():
-    "Compare params.yaml with every stage before any work."
+    "Compare params.yaml with every stage, and open each file that it names, before any work."
+    from u2seg.recipes import check_files
     from u2seg.stage import check_data, check_stages
     names = check_stages()
     check_data()
+    check_files()
     print(f'params.yaml fits the {len(names)} stages')
 
 def dvc():
@@ -29,11 +31,11 @@ def dvc():
     from u2seg.pipeline import write_pipeline
     write_pipeline()
 
-def use(recipe:str|None=None):
+def use(recipe:str|None=None, images:str|None=None):
     "Write a recipe of configs/ as params.yaml, complete and commented; without a name, list the recipes."
     from u2seg import recipes
     if recipe is None: print(recipes.listing()); return
-    recipes.use(recipe)
+    recipes.use(recipe, images=images)
     print(f'params.yaml is now the recipe {recipe}; u2seg check compares it with the stages')
 
 # %% ../nbs/95_cli.ipynb #publish
@@ -93,7 +95,9 @@ def _pipeline_verbs(verb):
     verb(run).add_argument('stage', help='name of the stage')
     verb(check)
     verb(dvc)
-    verb(use).add_argument('recipe', nargs='?', help='coco, imagenet, ..., or embedded: the default; none: list them')
+    v = verb(use)
+    v.add_argument('recipe', nargs='?', help='coco, imagenet, ..., or embedded: the default; none: list them')
+    v.add_argument('--images', help='photos: the folder whose images are counted and used')
     verb(publish).add_argument('stages', nargs='*', help='names of stages')
     verb(table)
     v = verb(sweep)
