@@ -24,7 +24,7 @@ from u2seg.metrics import instance_ap, panoptic_quality
 from u2seg.checkpoints import save_weights
 from u2seg.model import build_model, read_config
 from u2seg.png import read_map
-from u2seg.predict import category_names
+from u2seg.names import names_of, read_names
 from u2seg.stage import load_params, stage_values
 from u2seg.weights import find_weights, read_weights
 
@@ -391,6 +391,14 @@ def test_checkpoints(tmp_path):
         args=[1],
     )
     kinds = ['safetensors', 'pth', 'pkl']
+    names = dict(
+        n_things=2,
+        n_stuff=1,
+        things={'1a': 'cat', '1b': None, 2: 'dog'},
+        stuff={3: 'sky'},
+        discarded=[2],
+        parts={1: [[0.0], [1.0]]},
+    )
     given, config = {k: (tmp_path / f'a.{k}').read_bytes() for k in kinds}, (tmp_path / 'model.yaml').read_text()
     for i, rng in cases('checkpoints'):
         kind = kinds[i % 3]
@@ -412,7 +420,9 @@ def test_checkpoints(tmp_path):
         (tmp_path / 'x.yaml').write_text(yaml.safe_dump(spoil_tree(yaml.safe_load(config), rng)))
         refused(read_config, tmp_path / 'x.yaml')
         write_json(tmp_path / 'mapping.json', spoil_tree({'1': 'cat', 'model': 'x', 'names': {'2': 'dog'}}, rng))
-        refused(category_names, 2, 1, tmp_path / 'mapping.json')
+        refused(names_of, tmp_path / 'model.safetensors', 2, 1, 'x')
+        (tmp_path / 'x.yaml').write_text(yaml.safe_dump(spoil_tree(names, rng)))
+        refused(read_names, tmp_path / 'x.yaml')
 
 
 class Trap:

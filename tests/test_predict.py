@@ -1,9 +1,11 @@
 "Prediction in users' hands: forms of input, files written, resume, faults."
 
+import hashlib
 import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +17,8 @@ from u2seg.checkpoints import save_weights
 from u2seg.masks import decode_rle, read_ids
 from u2seg.model import build_model
 from u2seg.folder import find_images, predict_folder
-from u2seg.predict import U2Seg, as_image, category_names, free_memory
+from u2seg.names import by_name, Names, write_names
+from u2seg.predict import U2Seg, as_image, free_memory
 
 TINY = dict(
     n_things=3,
@@ -158,13 +161,78 @@ def test_from_pretrained_and_its_refusals(weights, tmp_path):
         U2Seg.from_pretrained(tmp_path)
 
 
-def test_names(tmp_path):
-    (tmp_path / 'mapping.json').write_text('{"2": "cat"}')
-    assert category_names(2, 1, tmp_path / 'mapping.json') == {1: 'thing_1', 2: 'cat', 3: 'stuff_1'}
-    for bad in ('{"9": "cat"}', '{"x": "cat"}', '{"1": 3}', '[]', '{'):
-        (tmp_path / 'mapping.json').write_text(bad)
+def test_names(weights, tmp_path):
+    "What a person said of these very weights, beside them or beside params.yaml; else what ground truth said."
+    file = tmp_path / 'out' / 'train' / 'model.safetensors'
+    shutil.copytree(weights, file.parent)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    called = lambda: U2Seg.from_pretrained(file.parent, device='cpu').names
+    assert called() == {1: 'thing_1', 2: 'thing_2', 3: 'thing_3', 4: 'stuff_1', 5: 'stuff_2'}
+    mapping = tmp_path / 'out' / 'evaluate' / 'mapping.json'
+    write_json(mapping, dict(model='0' * 64, names={'2': 'cat'}))
+    assert called()[2] == 'thing_2'  # of other weights
+    write_json(mapping, dict(model=digest, names={'2': 'cat', '3': 'cat'}))
+    assert called() == {1: 'thing_1', 2: 'cat', 3: 'stuff_1', 4: 'stuff_2'}
+    write_names(tmp_path / 'names.yaml', Names(3, 2, {'2': 'dog'}, frozenset('1'), model=digest))
+    assert called() == {1: 'dog', 2: 'thing_3', 3: 'stuff_1', 4: 'stuff_2'}
+    write_names(file.with_name('names.yaml'), Names(3, 2, {'2': 'fox'}, model=digest))
+    assert called()[2] == 'fox'
+    write_names(file.with_name('names.yaml'), Names(3, 2, {'2': 'fox'}, model='0' * 64))
+    with pytest.raises(ValueError, match='belong to other weights'):
+        called()
+
+
+def test_names_without_their_model_are_refused(weights, tmp_path):
+    "A mapping by hand would outlive the weights that it was made for."
+    shutil.copytree(weights, tmp_path / 'model')
+    for bad in ('{"2": "cat"}', '{"model": "", "names": {"9": "cat"}}', '{"model": "", "names": {"1": 3}}', '[]', '{'):
+        (tmp_path / 'model' / 'mapping.json').write_text(bad)
         with pytest.raises(ValueError, match='mapping.json'):
-            category_names(2, 1, tmp_path / 'mapping.json')
+            U2Seg.from_pretrained(tmp_path / 'model', device='cpu')
+
+
+def test_predictions_by_name(weights):
+    "Clusters of one name are merged, discarded ones are gone: each layer against the clusters themselves."
+    becomes = np.array([0, 1, 0, 1, 2, 2])
+    naming = Names(3, 2, {'1': 'pet', '3': 'pet', '4': 'sky', '5': 'sky'}, frozenset('2'))
+    model = U2Seg.from_pretrained(weights, device='cpu', naming=naming)
+    assert model.names == {1: 'pet', 2: 'sky'}
+    plain = U2Seg.from_pretrained(weights, device='cpu', naming=Names(3, 2)).predict(picture())
+    table = [dict(id=i, category_id=c, isthing=c < 4, area=0) for i, c in enumerate([1, 2, 3, 4, 5, 4], 1)]
+    ids = np.random.default_rng(0).integers(0, 7, plain.ids.shape, dtype=np.int32)
+    semantic = np.random.default_rng(1).integers(0, 3, plain.ids.shape, dtype=np.uint8)
+    table = [dict(s, area=int((ids == s['id']).sum())) for s in table]
+    clusters = np.array([1, 2, 3, 2])
+    plain = replace(plain, categories=clusters, ids=ids, segments=table, semantic=semantic)
+    p = by_name(replace(plain, naming=naming, names=model.names), None)
+    assert p.categories.tolist() == [1, 1] and (p.scores == plain.scores[[0, 2]]).all()
+    assert (p.masks == plain.masks[[0, 2]]).all() and (p.boxes == plain.boxes[[0, 2]]).all()
+    categories = np.zeros(7, int)
+    for s in p.segments:
+        categories[s['id']] = s['category_id']
+        assert s['area'] == (p.ids == s['id']).sum() > 0
+    assert (categories[p.ids] == becomes[[0, 1, 2, 3, 4, 5, 4]][ids]).all()
+    assert [s['category_id'] for s in p.segments] == [1, 1, 2]
+    assert (p.semantic == np.array([0, 1, 1])[semantic]).all()
+
+
+def test_parts_of_a_cluster_need_the_embedding(weights):
+    "Split by the mask's mean row, in or below the middle; without an embedding a part's name is an alternative."
+    parts = {'1': np.float32([[0], [48]]), '1a': np.float32([[0], [1]])}
+    naming = Names(3, 2, {'1b': 'low', '1aa': 'high'}, frozenset(['1ab']), parts)
+    embed = lambda image, masks: np.float32([[np.nonzero(m)[0].mean()] for m in masks])
+    plain = U2Seg.from_pretrained(weights, device='cpu', naming=Names(3, 2))
+    split = U2Seg.from_pretrained(weights, device='cpu', naming=naming, embed=embed)
+    assert U2Seg.from_pretrained(weights, device='cpu', naming=naming).names[1] == 'high or low'
+    seen = set()
+    for seed in range(4):
+        p, q = plain.predict(picture(seed)), split.predict(picture(seed))
+        rows = np.array([np.nonzero(m)[0].mean() for m in p.masks])
+        name = np.where(p.categories > 1, p.categories, np.where(rows > 24, 'low', np.where(rows < 0.5, 'high', '')))
+        expected = [n if n in ('low', 'high') else f'thing_{n}' for n in name if n]
+        assert [i['name'] for i in q.instances] == expected
+        seen |= {*expected}
+    assert 'low' in seen
 
 
 def test_find_images(tmp_path):
@@ -404,24 +472,6 @@ def test_devices_that_are_there(weights):
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="device 'cuda' is not there; this machine has cpu$"):
             U2Seg.from_pretrained(weights, device='cuda')
-
-
-def test_names_of_the_stage_evaluate(weights, tmp_path):
-    import hashlib, shutil
-
-    shutil.copytree(weights, tmp_path / 'train')
-    digest = hashlib.sha256((weights / 'model.safetensors').read_bytes()).hexdigest()
-    write_json(
-        tmp_path / 'evaluate' / 'mapping.json', dict(model=digest, fitted_on='train', mappings={}, names={'2': 'cat'})
-    )
-    assert U2Seg.from_pretrained(tmp_path / 'train', device='cpu').names[2] == 'cat'
-    write_json(tmp_path / 'train' / 'mapping.json', {'2': 'dog'})  # beside the weights goes first
-    assert U2Seg.from_pretrained(tmp_path / 'train', device='cpu').names[2] == 'dog'
-    (tmp_path / 'train' / 'mapping.json').unlink()
-    write_json(
-        tmp_path / 'evaluate' / 'mapping.json', dict(model='0' * 64, names={'2': 'cat'})
-    )  # of another model: not used
-    assert U2Seg.from_pretrained(tmp_path / 'train', device='cpu').names[2] == 'thing_2'
 
 
 def test_results_among_the_pictures_are_not_pictures(weights, tmp_path):

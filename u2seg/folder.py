@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from .images import list_images, read_image, read_json, write_json, write_png
 from .masks import instances_json, write_ids
+from .names import as_yaml
 from .predict import _check_batch_size, U2Seg
 from .shards import _load_ahead, _stamp, _worker
 
@@ -73,7 +74,7 @@ def _name_images(files:list[str], known:dict[str, str])->dict[str, str]: # path 
 def _claim(out, model, files)->dict[str, str]: # as of `_name_images`, of all images that the folder knows
     "Note whose results the folder holds; `ValueError` if it holds those of another model or other settings."
     note = out/'.work'/'images.json'
-    own = json.loads(json.dumps(dict(weights=_digest(model.model), settings=model.model.config, names=model.names)))
+    own = json.loads(json.dumps(dict(weights=_digest(model.model), settings=model.model.config, names=as_yaml(model.naming))))
     old = read_json(note) if note.is_file() else dict(own, images={})
     way_out = 'name another folder, or delete this one'
     if old['weights'] != own['weights']: raise ValueError(f'{out}: holds the results of another model; {way_out}')
@@ -144,8 +145,7 @@ def _all_entries(out, items): # of every image; under torchrun this waits for th
 
 # %% ../nbs/63_folder.ipynb #write_lists
 def _write_lists(out, model, items, entries):
-    n, root = model.model.config['n_things'], _root([item['file'] for item in items])
-    categories = [dict(id=i, name=name, isthing=int(i <= n)) for i, name in model.names.items()]
+    root, categories = _root([item['file'] for item in items]), model.naming.categories
     images, instances, panoptic, skipped = [], [], [], []
     for item, e in zip(items, entries):
         file_name = Path(item['file']).relative_to(root).as_posix()
