@@ -243,9 +243,8 @@ class U2Seg:
     def from_pretrained(cls, weights:str|Path,   # a name of `u2seg.zoo`; a folder with model.safetensors and model.yaml
                         *, config:dict|str|Path|None=None, # for a file without model.yaml beside it
                         device:str|None=None,    # None: a GPU if there is one
-                        score:float|None=None,   # least score of a thing; None: the thresholds of the model
-                        naming:Names|None=None,  # None: what `names_of` finds
-                        embed:Callable|None=None)->'U2Seg':
+                        score:float|None=None,   # least score of a thing; None: the model's thresholds
+                        naming:Names|None=None, embed:Callable|None=None)->'U2Seg': # None: what `names_of` finds
         device = check_device(device)
         return cls(*_read_model(_locate(weights), config, score, naming), device, embed)
 
@@ -258,8 +257,7 @@ class U2Seg:
         return _in_batches(self, images, batch_size)
 
     def fitting(self, sizes:list[tuple[int, int]], # (height, width) of images, in order
-                *, free:int|None=None,             # bytes; None: half of what is free on the device
-                )->int:                            # 1 ... len(sizes)
+                *, free:int|None=None)->int:       # bytes; None: half of what is free on the device
         "How many of these images fit into memory together."
         return _fitting(self.model.config, sizes, str(self.device), free or free_memory(self.device)//2)
 
