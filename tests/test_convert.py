@@ -57,6 +57,32 @@ def test_the_release_s_own_size():
     )
 
 
+def mask_rcnn(n_things=1):
+    "A plain Mask R-CNN in detectron2's names: heads without a number."
+    one = dict(cascade_ious=[0.5], cascade_weights=[[10.0, 10.0, 5.0, 5.0]])
+    model = build_model(SMALL | one | dict(n_things=n_things, n_stuff=0, score_threshold=0.0))
+    unnumbered = lambda k: k.replace('box_head.0.', 'box_head.').replace('box_predictor.0.', 'box_predictor.')
+    return model, {unnumbered(k): v for k, v in model.state_dict().items()}
+
+
+def test_a_plain_mask_r_cnn_is_a_cascade_of_one_stage(tmp_path):
+    given, state = mask_rcnn()
+    torch.save(dict(model=state, iteration=9), tmp_path / 'mrcnn.pth')
+    convert(tmp_path / 'mrcnn.pth', tmp_path / 'out')
+    found = U2Seg.from_pretrained(tmp_path / 'out', device='cpu').model
+    assert found.config == given.config | dict(sem_dim=128)  # no head, no size of it
+    assert all(torch.equal(v, given.state_dict()[k]) for k, v in found.state_dict().items())
+
+
+def test_boxes_of_each_class_are_refused(tmp_path):
+    _, state = mask_rcnn(n_things=3)
+    for k in ('roi_heads.box_predictor.bbox_pred.weight', 'roi_heads.box_predictor.bbox_pred.bias'):
+        state[k] = torch.cat([state[k]] * 3)
+    torch.save(state, tmp_path / 'a.pth')
+    with pytest.raises(ValueError, match='a.pth: it has boxes of each class of their own'):
+        convert(tmp_path / 'a.pth', tmp_path / 'out')
+
+
 def test_detectron2_pickle_of_arrays(tmp_path):
     state = {k: v.numpy() for k, v in build_model(SMALL | dict(n_things=2, n_stuff=1)).state_dict().items()}
     with open(tmp_path / 'a.pkl', 'wb') as f:
@@ -90,10 +116,10 @@ def test_a_pickle_that_would_run_something_does_not(tmp_path, suffix, wrap):
 
 def test_other_and_incomplete_checkpoints_are_refused(tmp_path):
     state = build_model(SMALL | dict(n_things=2, n_stuff=1)).state_dict()
-    plain = {k.replace('box_predictor.0.', 'box_predictor.'): v for k, v in state.items()}
+    plain = {k: v for k, v in state.items() if 'box_predictor' not in k}
     half = {k: v for k, v in state.items() if 'mask_head.predictor' not in k}
     for given, message in (
-        (plain, 'not a Cascade'),
+        (plain, 'not a Mask R-CNN or Cascade'),
         (half, 'incomplete: .*mask_head.predictor'),
         ({'a': torch.zeros(1)}, 'not one weight fits'),
     ):

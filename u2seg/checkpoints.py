@@ -20,13 +20,14 @@ from .weights import find_weights
 
 # %% ../nbs/35_checkpoints.ipynb #rename_weights
 def rename(name:str)->str:
-    "The model's name of a bare backbone's weight (torchvision's or detectron2's); any other name as it is."
+    "The model's name of a weight of a bare backbone or a plain Mask R-CNN; any other name as it is."
     if re.match(r'(conv1|bn1|layer\d\.\d+)\.', name):            # torchvision, DINO, MoCo
         name = re.sub(r'^(conv1|bn1)\.', r'stem.\1.', name)
         name = re.sub(r'^layer(\d)\.', lambda m: f'res{int(m[1]) + 1}.', name)
         name = re.sub(r'\bbn(\d)\.', r'conv\1.norm.', name)
         name = re.sub(r'\bdownsample\.0\.', 'shortcut.', name)
         name = re.sub(r'\bdownsample\.1\.', 'shortcut.norm.', name)
+    name = re.sub(r'^(roi_heads\.box_(?:head|predictor)\.)(?=fc|cls|bbox)', r'\g<1>0.', name)
     return f'backbone.bottom_up.{name}' if re.match(r'(stem|res\d)\.', name) else name
 
 def rename_weights(state:dict[str, Tensor])->dict[str, Tensor]: return {rename(k): v for k, v in state.items()}

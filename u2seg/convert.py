@@ -6,6 +6,7 @@
 __all__ = ['checkpoint_config', 'convert_checkpoint', 'convert', 'summary']
 
 # %% ../nbs/93_convert.ipynb #imports
+import re
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,13 +16,13 @@ from torch import Tensor
 from .annotations import convert_cityscapes, convert_instances, convert_panoptic, convert_voc
 from .backbone import BLOCKS
 from .checkpoints import load_weights, rename, rename_weights, save_weights
-from .model import build_model
+from .model import DEFAULTS, build_model
 from .weights import SUFFIXES, read_weights
 
 # %% ../nbs/93_convert.ipynb #checkpoint_config
 def _rows(state, name):
     if name in state: return state[name].shape[0]
-    other = 'not a Cascade Mask R-CNN of U2Seg or CutLER (a plain Mask R-CNN has other heads)'
+    other = 'not a Mask R-CNN or Cascade Mask R-CNN of U2Seg or CutLER'
     raise ValueError(f'no weight {name}: {other}')
 
 def _depth(state):
@@ -54,6 +55,11 @@ def checkpoint_config(state:dict[str, Tensor], # detectron2's names
         mask_dim=_rows(state, f'{mask_head}1.weight'),
         n_mask_convs=sum(k.startswith(mask_head) and k.endswith('weight') for k in state),
         fpn_norm=_fpn_norm(state))
+    n_stages = sum(bool(re.fullmatch(r'roi_heads\.box_predictor\.\d+\.cls_score\.weight', k)) for k in state)
+    if n_stages < len(DEFAULTS['cascade_ious']):
+        config |= {k: DEFAULTS[k][:n_stages] for k in ('cascade_ious', 'cascade_weights')}
+    if _rows(state, 'roi_heads.box_predictor.0.bbox_pred.weight') != 4:
+        raise ValueError('it has boxes of each class of their own; only class-agnostic ones are read')
     if sem is not None: config['sem_dim'] = sem.shape[0]
     if config['n_things'] == 1 and not config['n_stuff']: config['score_threshold'] = 0.        # CutLER's own
     return config
@@ -67,10 +73,11 @@ def _all_names():
 
 def convert_checkpoint(path:str|Path, # a file that `u2seg.weights` reads, in detectron2's names
                        out:str|Path,  # folder for model.safetensors and model.yaml
+                       **settings,    # of the model, that shapes cannot tell
                        )->dict:       # counts; `taken` and `left`, where the file holds several sets
     "An official checkpoint as a folder that `U2Seg.from_pretrained` takes."
     state = rename_weights(read_weights(path, lambda name: rename(name) in _all_names()))
-    try: config = checkpoint_config(state)
+    try: config = checkpoint_config(state) | settings
     except ValueError as e: raise ValueError(f'{path}: {e}') from None
     with torch.random.fork_rng(devices=[]): model = build_model(config)
     report = load_weights(model, path)
