@@ -9,7 +9,8 @@ Each part runs in a process of its own, within its seconds. What it finds is wri
 takes too long loses itself alone.
 """
 
-import argparse, contextlib, functools, gzip, importlib, json, multiprocessing, os, signal, statistics, subprocess, sys, tempfile
+import argparse, contextlib, functools, gzip, importlib, json, multiprocessing
+import os, signal, statistics, subprocess, sys, tempfile
 import time, traceback, warnings
 from pathlib import Path
 

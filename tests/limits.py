@@ -1,7 +1,4 @@
-"""The limits of the page. What exceeds them stands in exceptions.yaml:
-
-python tests/limits.py > tests/exceptions.yaml
-"""
+"""The limits of the page: `python tests/limits.py` lists what exceeds them, and tests/test_repo.py wants nothing."""
 
 import json
 import re
@@ -96,6 +93,5 @@ def measured():
 
 
 if __name__ == '__main__':
-    print('# What does not keep the limits of tests/limits.py yet. An entry that is no longer needed fails.')
     for name, kinds in measured().items():
         print(f'{name}: [{", ".join(kinds)}]')

@@ -66,6 +66,7 @@ def votes_figure(votes:np.ndarray, # [K, classes]
     fig.tight_layout()
     return fig
 
+# %% ../nbs/78_figures.ipynb #usage_figure
 def usage_figure(counts:np.ndarray, # [K] segments
                  *, by_count:bool=True)->Picture: # most used first
     "How often each cluster is used."
