@@ -177,7 +177,7 @@ class ViTFeatures(nn.Module):
         if interpolation == 'dino' and vit.pos_embed is None:
             raise ValueError(f"interpolation 'dino' needs learned positions, {model!r} has none")
         self.vit = vit.eval().requires_grad_(False).to(dtype)
-        self.dtype, self.interpolation = dtype, interpolation
+        self.model, self.dtype, self.interpolation = model, dtype, interpolation
         self.patch_size, self.dim = patch_size(vit), vit.embed_dim
     def train(self, mode:bool=True): return super().train(False)               # frozen
     @torch.no_grad()
