@@ -235,7 +235,7 @@ def _held()->dict[str, str]:
     threads = os.environ.get('U2SEG_THREADS', '2')
     if not threads.isdecimal() or int(threads) < 1:
         raise ValueError(f'the variable U2SEG_THREADS must be a number of CPU threads, got {threads!r}')
-    kind = arithmetic('fast')
+    kind = arithmetic('exact')
     held = {f'{library}_NUM_THREADS': threads for library in ('OMP', 'MKL', 'OPENBLAS')}
     return held | (PINS if kind == 'exact' else {}) | {'U2SEG_ARITHMETIC': kind}
 
