@@ -27,7 +27,7 @@ torch.manual_seed(0)
 trunk = nn.Conv2d(3, 24, 5, 2, 2), nn.BatchNorm2d(24), nn.GELU(), nn.Conv2d(24, 48, 3, 2, 1)
 net = nn.Sequential(*trunk, nn.Flatten(), nn.Linear(3072, 33))
 note('first weights', *net.parameters())
-optimizer = torch.optim.AdamW(net.parameters(), lr=.01)
+optimizer = torch.optim.AdamW(net.parameters(), lr=.01, fused=True)
 for _ in range(3):
     optimizer.zero_grad()
     F.cross_entropy(net(draw(4, 3, 32, 32)), torch.arange(4)).backward()

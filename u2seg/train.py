@@ -73,7 +73,7 @@ class _Run:
         self.model, self.solver = model, solver
         self.next, self.rows, self.window = 0, [], {}
         self.parameters = [p for g in groups for p in g['params']]
-        if solver.optimizer == 'adamw': self.optimizer = torch.optim.AdamW(groups, lr=solver.lr)
+        if solver.optimizer == 'adamw': self.optimizer = torch.optim.AdamW(groups, lr=solver.lr, fused=True)
         else: self.optimizer = torch.optim.SGD(groups, lr=solver.lr, momentum=solver.sgd_momentum)
         self.scaler = torch.amp.GradScaler(self.parameters[0].device.type, enabled=amp == 'fp16')
         self.mean = [p.detach().clone() for p in self.parameters] if solver.ema_decay else []
