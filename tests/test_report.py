@@ -191,7 +191,7 @@ def reported(tmp_path, monkeypatch):
     for name in (*books, 'params.yaml', 'README.md', 'ablations/seeds.csv', '.gitignore'):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(root / name, tmp_path / name)
-    (tmp_path / 'nbs' / 'overview.png').write_bytes(b'old')
+    (tmp_path / 'nbs' / 'overview.jpg').write_bytes(b'old')
     git(tmp_path, 'init', '-q')
     git(tmp_path, 'add', '.')
     git(tmp_path, 'commit', '-qm', 'as published')
@@ -206,7 +206,7 @@ def reported(tmp_path, monkeypatch):
         (out / stage).mkdir(parents=True)
         (out / stage / 'metrics.json').write_text(json.dumps(metrics))
     for name in ('pictures', 'overview'):
-        shutil.copy(root / 'nbs' / 'overview.png', out / 'evaluate' / f'{name}.png')
+        shutil.copy(root / 'nbs' / 'overview.jpg', out / 'evaluate' / f'{name}.jpg')
     S.run_stage('report', tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -221,7 +221,7 @@ def test_a_run_writes_only_what_is_ignored_and_publish_the_rest(reported):
     assert f'<!-- results -->\n{table}\n<!-- /results -->' in (reported / 'README.md').read_text()
     cells = {c['id']: c for c in nbformat.read(reported / 'nbs' / '00_overview.ipynb', 4).cells}
     assert cells['results'].outputs[0].data['text/markdown'] == f'\n{table}\n'
-    assert (reported / 'nbs' / 'overview.png').read_bytes() == (root / 'nbs' / 'overview.png').read_bytes()
+    assert (reported / 'nbs' / 'overview.jpg').read_bytes() == (root / 'nbs' / 'overview.jpg').read_bytes()
 
 
 def test_notebook_00_shows_the_table_of_readme():

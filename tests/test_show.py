@@ -9,10 +9,12 @@ from matplotlib.figure import Figure
 from u2seg.show import (
     class_colours,
     grid,
+    jpeg_bytes,
     overlay,
     overlay_classes,
     overlay_masks,
     PALETTE,
+    Picture,
     png_bytes,
     readable,
     save_figure,
@@ -81,7 +83,7 @@ def test_wrong_arguments_are_named(photo):
         overlay(photo, np.zeros((4, 4), int))
     with pytest.raises(ValueError, match='float64'):
         overlay(photo / 255, np.zeros((9, 13), int))
-    with pytest.raises(ValueError, match='1 strings, got 2'):
+    with pytest.raises(ValueError, match='titles must be 1 strings'):
         grid([photo], n_columns=2, titles=['a', 'b'])
 
 
@@ -106,12 +108,49 @@ def test_a_figure_shows_what_can_be_read(photo):
 
 def test_figures_have_the_same_small_bytes(tmp_path):
     photos = list(np.random.default_rng(0).integers(0, 256, (12, 128, 128, 3), dtype=np.uint8))  # noise: the worst case
-    for name in ('a.png', 'b.png'):
+    for name in ('a.png', 'b.png', 'a.jpg', 'b.jpg'):
         save_figure(grid(photos, n_columns=4, titles=['x'] * 12), tmp_path / name)
-    data = (tmp_path / 'a.png').read_bytes()
-    assert data == (tmp_path / 'b.png').read_bytes() and len(data) < 150_000
-    shown = Image.open(io.BytesIO(data))
-    assert not shown.text and shown.mode == 'P' and b'tIME' not in data
+    for suffix, mode in (('png', 'P'), ('jpg', 'RGB')):
+        data = (tmp_path / f'a.{suffix}').read_bytes()
+        assert data == (tmp_path / f'b.{suffix}').read_bytes() and len(data) < 150_000
+        shown = Image.open(io.BytesIO(data))
+        assert shown.mode == mode and b'tIME' not in data and not getattr(shown, 'text', {})
+
+
+def shown_as(fig, monkeypatch):
+    "The format in which a notebook shows a figure."
+    from IPython.core.formatters import format_display_data
+
+    data = []
+    monkeypatch.setattr('IPython.display.display', lambda shown: data.append(format_display_data(shown)[0]))
+    fig._ipython_display_()
+    return [*data[0]][0]
+
+
+def test_images_are_shown_as_jpeg_and_lines_as_png(photo, monkeypatch):
+    assert shown_as(grid([photo, photo], n_columns=2), monkeypatch) == 'image/jpeg'
+    assert shown_as(grid([np.eye(9)], n_columns=1), monkeypatch) == 'image/png'
+    fig = Picture(figsize=(3, 2))
+    fig.subplots().plot([0, 1], [1, 0])
+    assert shown_as(fig, monkeypatch) == 'image/png'
+
+
+def test_a_sky_has_no_steps():
+    "A slow gradient keeps its levels: a palette of 256 colours for the whole figure would join them."
+    sky = np.linspace(80, 200, 128)[:, None, None] + np.array([0, 20, 50])
+    noise = np.random.default_rng(0).integers(0, 256, (128, 128, 3))
+    images = [np.broadcast_to(sky, (128, 128, 3)).astype(np.uint8), noise.astype(np.uint8)]
+    got = np.asarray(Image.open(io.BytesIO(jpeg_bytes(grid(images, n_columns=2)))))[:, 2:126].astype(int)
+    assert np.abs(got - images[0][:, 2:126].astype(int)).max() <= 6
+
+
+def test_titles_of_columns_stand_above_the_first_row():
+    red = np.zeros((40, 60, 3), np.uint8) + np.uint8([255, 0, 0])
+    shown = pixels(grid([red] * 4, n_columns=2, titles=['a', 'b']))
+    assert shown.shape[0] == 18 + 2 * 40 + 4 and (shown[62:102, :60] == [255, 0, 0]).all()
+    assert pixels(grid([red] * 4, n_columns=2, titles=['a', 'b', 'c', 'd'])).shape[0] == 2 * (18 + 40) + 4
+    with pytest.raises(ValueError, match='titles must be 4 strings, or one for each of 2 columns, got 3'):
+        grid([red] * 4, n_columns=2, titles=['a', 'b', 'c'])
 
 
 def test_grid_places_pictures():

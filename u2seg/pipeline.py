@@ -50,7 +50,7 @@ def _outs(stage, row): # of the row *writes*: outputs, metrics and plots in DVC'
     names = re.findall(r'`([^`]+)`', row)
     kinds = dict(outs=[], metrics=[], plots=[])
     for name in [*names, 'run.ipynb']:
-        is_plot = name.endswith('.png') or name in ('figures', 'log.csv', 'curve.csv')
+        is_plot = name.endswith(('.png', '.jpg')) or name in ('figures', 'log.csv', 'curve.csv')
         is_pushed = name in bold or name == 'run.ipynb' and bold >= {*names}
         path = f'out/{stage}/{name}'
         kind = 'metrics' if name == 'headline.json' else 'plots' if is_plot else 'outs'

@@ -54,7 +54,7 @@ def publish_results(root:str|Path='.'):
     out, nbs = Path(root, 'out'), Path(root, 'nbs')
     if not (text := (out/'report'/'readme.md').read_text().strip()): return
     update_readme(Path(root, 'README.md'), text)
-    write_atomic(nbs/'overview.png', (out/'evaluate'/'overview.png').read_bytes())
+    write_atomic(nbs/'overview.jpg', (out/'evaluate'/'overview.jpg').read_bytes())
     nb = nbformat.read(nbs/'00_overview.ipynb', 4)
     shown = next(c for c in nb.cells if c['id'] == 'results').outputs[0]
     shown.data['text/markdown'] = f'\n{text}\n'

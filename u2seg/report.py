@@ -135,7 +135,7 @@ _HEAD = (
     'by majority vote, many clusters to one class.')
 _NOTHING = (
     'No ground truth was given, so nothing is scored. '
-    '`out/evaluate/pictures.png` and the figures beside it show what the model sees; '
+    '`out/evaluate/pictures.jpg` and the figures beside it show what the model sees; '
     '`u2seg predict` writes it for any image.')
 _BESIDE = (
     'This run, and in brackets mean ± standard deviation over {n} seeds of the committed parameters. '
