@@ -154,18 +154,11 @@ def tiles(self:View, images:dict[str, list[dict]])->tuple[list[str], list[np.nda
     return titles, tiles
 
 @patch
-def legend(self:View, images:dict[str, list[dict]])->dict[str, np.ndarray]: # class name -> colour
-    "The classes of the ground truth of some images."
-    seen, names = set(), {}
-    for split, truth in self.truths.items():
-        names |= truth.names
-        for im in images[split][:2]: seen |= {*np.unique(truth_map(truth, im['id'])).tolist()}
-    return class_colours([dict(id=c, name=n) for c, n in names.items() if c in seen])
-
-@patch
 def grid(self:View, images:dict[str, list[dict]], *, dpi:int=130)->Picture: # an image a row, two of each split
     titles, tiles = self.tiles(images)
-    fig = show.grid(tiles, n_columns=len(titles), titles=titles, legend=self.legend(images))
+    names = {c: name for truth in self.truths.values() for c, name in truth.names.items()}
+    legend = class_colours([dict(id=c, name=name) for c, name in names.items()])
+    fig = show.grid(tiles, n_columns=len(titles), titles=titles, legend=legend)
     fig.set_dpi(dpi)
     return fig
 
