@@ -25,23 +25,26 @@ def paste_masks(probs:Tensor, # [n, s, s]
                 height:int, width:int)->Tensor: # bool [n, height, width]
     "Stretch each mask over its box, threshold .5."
     out = torch.zeros(len(probs), height, width, dtype=torch.bool, device=probs.device)
-    step = max(2**20 // (height*width), 1)
+    step = max((2**27 if out.is_cuda else 2**20) // (height*width), 1)
     for i in range(0, len(probs), step):
-        window, masks = _paste(probs[i:i + step], boxes[i:i + step], height, width)
-        out[(slice(i, i + step), *window)] = masks
+        part = boxes[i:i + step]
+        window = (slice(0, height), slice(0, width)) if out.is_cuda else _window(part, height, width)
+        out[(slice(i, i + step), *window)] = _paste(probs[i:i + step], part, window)
     return out
 
-def _paste(probs, boxes, height, width):
-    "The window (rows, columns) around all boxes, and the masks in it, bool [n, rows, columns]."
+def _window(boxes, height, width)->tuple: # slices of rows and columns around all boxes; a GPU would wait for them
     x0, y0 = (boxes[:, :2].amin(0).floor().clamp(min=0).int() - 1).clamp(min=0).tolist()
     x1, y1 = (boxes[:, 2:].amax(0).ceil().int() + 1).tolist()
-    x1, y1 = min(x1, width), min(y1, height)
-    rows = _stretch(boxes[:, 1], boxes[:, 3], y0, y1, probs.shape[1])
-    columns = _stretch(boxes[:, 0], boxes[:, 2], x0, x1, probs.shape[2])
-    return (slice(y0, y1), slice(x0, x1)), rows @ probs @ columns.mT >= .5
+    return slice(y0, min(y1, height)), slice(x0, min(x1, width))
 
-def _stretch(low, high, start, stop, size): # [n], [n] -> [n, stop - start, size] bilinear weights
-    at = (torch.arange(start, stop, device=low.device) + .5 - low[:, None]) / (high - low)[:, None]*size - .5
+def _paste(probs, boxes, window)->Tensor: # bool [n, rows, columns], the masks in the window
+    rows = _stretch(boxes[:, 1], boxes[:, 3], window[0], probs.shape[1])
+    columns = _stretch(boxes[:, 0], boxes[:, 2], window[1], probs.shape[2])
+    return rows @ probs @ columns.mT >= .5
+
+def _stretch(low, high, window, size): # [n], [n], slice of length m -> [n, m, size] bilinear weights
+    at = torch.arange(window.start, window.stop, device=low.device) + .5 - low[:, None]
+    at = at / (high - low)[:, None]*size - .5
     return (1 - (at[..., None] - torch.arange(size, device=low.device)).abs()).clamp_(min=0)
 
 # %% ../nbs/36_pixels.ipynb #PastedMasks
@@ -74,7 +77,8 @@ class PastedMasks:
     def window(self, i:int)->tuple: # (rows, columns) slices around the box; bool [rows, columns]
         part = slice(i, i + 1) if i >= 0 else slice(i, i + 1 or None)
         if not len(self.probs[part]): raise IndexError(i)
-        window, inside = _paste(self.probs[part], self.boxes[part], self.height, self.width)
+        window = _window(self.boxes[part], self.height, self.width)
+        inside = _paste(self.probs[part], self.boxes[part], window)
         return window, inside[0].numpy() if self.arrays else inside[0]
 
 # %% ../nbs/36_pixels.ipynb #StuffScores
@@ -100,6 +104,21 @@ class StuffScores:
             torch.maximum(best, x, out=best)
         return index
 
+# %% ../nbs/36_pixels.ipynb #lay
+def _lay(masks, order, overlap, ids):
+    "Paint things in their order into `ids`, int32 [H, W]; (thing, its id or 0 if left out, its area) of each."
+    numbers, areas, n = [], [], ids.new_zeros(())
+    for i in order:
+        window, mask = masks.window(i) if isinstance(masks, PastedMasks) else (..., masks[i])
+        free = mask & (ids[window] == 0)
+        own, area = mask.sum(), free.sum()
+        good = (own - area).double() / own <= overlap              # an empty mask is not: 0 / 0
+        n = n + good
+        ids[window] = torch.where(free & good, n, ids[window])
+        numbers.append(n*good)
+        areas.append(area)
+    return list(zip(order, torch.stack(numbers).tolist(), torch.stack(areas).tolist())) if order else []
+
 # %% ../nbs/36_pixels.ipynb #combine
 def combine(masks:Tensor|PastedMasks, # bool [n, H, W]
             scores:Tensor, # [n]
@@ -108,16 +127,12 @@ def combine(masks:Tensor|PastedMasks, # bool [n, H, W]
             *, n_things:int, score:float, overlap:float, area:int
             )->tuple[Tensor, list[dict]]: # int32 [H, W] ids, 0 = void; segments
     "Things by falling score, then stuff where it is free (Panoptic FPN, section 3; detectron2's order of rules)."
-    ids, segments = torch.zeros(sem.shape, dtype=torch.int32, device=sem.device), []
-    for i in torch.argsort(-scores, stable=True).tolist():
-        if scores[i] < score: break
-        window, mask = masks.window(i) if isinstance(masks, PastedMasks) else (..., masks[i])
-        free = mask & (ids[window] == 0)
-        own, left = mask.sum().item(), free.sum().item()
-        if own == 0 or (own - left) / own > overlap: continue
-        ids[window][free] = len(segments) + 1
-        segments.append(dict(id=len(segments) + 1, isthing=True, category_id=labels[i].item() + 1,
-                             score=scores[i].item(), instance_id=i, area=left))
+    ids = torch.zeros(sem.shape, dtype=torch.int32, device=sem.device)
+    order = torch.argsort(-scores, stable=True)
+    things = _lay(masks, order[scores[order] >= score].tolist(), overlap, ids)
+    scores, labels = scores.tolist(), labels.tolist()
+    segments = [dict(id=n, isthing=True, category_id=labels[i] + 1, score=scores[i], instance_id=i, area=size)
+                for i, n, size in things if n]
     return ids, segments + _paint_stuff(ids, sem, len(segments) + 1, n_things, area)
 
 def _paint_stuff(ids, sem, first, n_things, area):
