@@ -245,8 +245,10 @@ class U2Seg:
                         device:str|None=None,    # None: a GPU if there is one
                         score:float|None=None,   # least score of a thing; None: the model's thresholds
                         naming:Names|None=None, embed:Callable|None=None)->'U2Seg': # None: what `names_of` finds
-        device = check_device(device)
-        return cls(*_read_model(_locate(weights), config, score, naming), device, embed)
+        device, path = check_device(device), _locate(weights)
+        model, names = _read_model(path, config, score, naming)
+        if names.parts and embed is None: embed = import_module('u2seg.gallery').embed_of(path)
+        return cls(model, names, device, embed)
 
     def predict(self, images, # an image (see `as_image`), a list, or an array [b, H, W, 3] or tensor [b, 3, H, W]
                 *, batch_size:int|None=None, # None: what the free memory allows; halved when that was too much
@@ -256,12 +258,15 @@ class U2Seg:
         if not isinstance(images, (list, tuple)): return _in_batches(self, [images], 1)[0]
         return _in_batches(self, images, batch_size)
 
-    def fitting(self, sizes:list[tuple[int, int]], # (height, width) of images, in order
-                *, free:int|None=None)->int:       # bytes; None: half of what is free on the device
-        "How many of these images fit into memory together."
-        return _fitting(self.model.config, sizes, str(self.device), free or free_memory(self.device)//2)
-
     def _batch(self, images):
         c = self.model.config
         results = run_network(self.model, images, short=c['min_size'], max_size=c['max_size'])
         return [_pack(self, x, r) for x, r in zip(images, results)]
+
+# %% ../nbs/45_predict.ipynb #fitting
+def _fits(self:U2Seg, sizes:list[tuple[int, int]], # (height, width) of images, in order
+          *, free:int|None=None)->int:         # bytes; None: half of what is free on the device
+    "How many of these images fit into memory together."
+    return _fitting(self.model.config, sizes, str(self.device), free or free_memory(self.device)//2)
+
+U2Seg.fitting = _fits
