@@ -94,10 +94,12 @@ def semantic_map(prediction:ImagePrediction, mapping:Mapping)->np.ndarray: # int
 # %% ../nbs/74_evaluate.ipynb #score_agnostic
 def _ap(truth, detections, class_agnostic, prefix=''):
     "AP50, AP, AP75 and AR100 of boxes and masks."
-    types = dict(box='bbox') if truth.instances.get('boxes_only') else dict(box='bbox', mask='segm')
     def of(iou_type): return instance_ap(truth.instances, detections, iou_type=iou_type, class_agnostic=class_agnostic)
-    scores = {t: of(iou_type) for t, iou_type in types.items()}
+    scores = {t: of(iou_type) for t, iou_type in _iou_types(truth).items()}
     return {f'{prefix}{t}_{k}': s[k] for t, s in scores.items() for k in ('AP50', 'AP', 'AP75', 'AR100')}
+
+def _iou_types(truth):
+    return dict(box='bbox') if truth.instances.get('boxes_only') else dict(box='bbox', mask='segm')
 
 def _scored_instances(predictions): # None: the method has none
     if any(p.instances is None or not p.scored for p in predictions.values()): return None
@@ -128,16 +130,22 @@ def label_counts(predictions:dict[int, ImagePrediction], truth:GroundTruth)->np.
 # %% ../nbs/74_evaluate.ipynb #semantic_scores
 def _semantic_scores(counts, truth, mapping, panoptic):
     "Scores over all classes; `_joined`: all things are one class, mean over classes of the ground truth."
+    confusion = _confusion(counts, truth, mapping, panoptic)
+    s = semantic_scores(confusion)
+    things = [i for i, c in enumerate(truth.names) if c in truth.things]
+    joined = semantic_scores(_join(confusion, things), only_present=True)
+    return dict(PixelAcc=s['pixel_acc'], mIoU=s['mean_iou'], fwIoU=s['fw_iou'], mACC=s['mean_acc'],
+                PixelAcc_joined=joined['pixel_acc'], mIoU_joined=joined['mean_iou'])
+
+def _confusion(counts, truth, mapping, panoptic):
+    "Pixels of each pair of classes; the last column is no class."
     index, n = {c: i for i, c in enumerate(truth.names)}, len(truth.names)
     classes, segment, below, pixels = counts.T
     below = np.append(-1, mapping.stuff if panoptic else mapping.pixels)[below]
     named = np.where(segment > 0, mapping.panoptic[segment], below) if panoptic else below
     confusion, seen = np.zeros((n, n + 1), np.int64), classes < n
     np.add.at(confusion, (classes[seen], remap(named, index, other=n)[seen]), pixels[seen])
-    s = semantic_scores(confusion)
-    joined = semantic_scores(_join(confusion, [index[c] for c in truth.things]), only_present=True)
-    return dict(PixelAcc=s['pixel_acc'], mIoU=s['mean_iou'], fwIoU=s['fw_iou'], mACC=s['mean_acc'],
-                PixelAcc_joined=joined['pixel_acc'], mIoU_joined=joined['mean_iou'])
+    return confusion
 
 def _join(confusion, classes):
     "The confusion matrix with some classes made the first one."
@@ -178,7 +186,7 @@ def score(predictions:dict[int, ImagePrediction], # by image id, every image of 
     detections, one = _scored_instances(predictions), next(iter(predictions.values()))
     out = {}
     if detections is not None and truth.things: out |= _ap(truth, map_instances(detections, mapping.things), False)
-    if not truth.stuff: return out
+    if truth.painted: return out
     if one.semantic is not None:
         counts = label_counts(predictions, truth) if counts is None else counts
         out |= _semantic_scores(counts, truth, mapping, one.ids is not None)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pair_counts', 'panoptic_quality', 'confusion_matrix', 'semantic_scores', 'remap', 'instances_from_panoptic',
-           'semantic_from_panoptic', 'instance_ap']
+           'semantic_from_panoptic', 'class_ap', 'instance_ap']
 
 # %% ../nbs/71_metrics.ipynb #imports
 from collections.abc import Callable
@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from .average_precision import instance_ap
+from .average_precision import class_ap, instance_ap
 from .masks import encode_rle, mask_to_box
 from .png import count_pairs, read_map, read_runs
 from .segments import check_segments, read_panoptic
 
-_all_ = ['instance_ap']
+_all_ = ['class_ap', 'instance_ap']
 
 # %% ../nbs/71_metrics.ipynb #pair_counts
 def pair_counts(truth:np.ndarray, # int [H, W] segment ids

@@ -164,6 +164,21 @@ def _one_process(i, n, share, desc):
     os.environ.update(RANK=str(rank*n + i), WORLD_SIZE=str(world*n))
     share(desc if i == 0 else '')
 
+# %% ../nbs/05_shards.ipynb #collect
+def _collect(results, n_images, desc):
+    "What each of the functions returns, under a progress bar."
+    counts, unit = (n_images, 'image') if n_images else ([1]*len(results), 'it')
+    out = []
+    with tqdm(total=sum(counts), desc=desc, unit=unit) as bar:
+        for result, n in zip(results, counts):
+            out.append(result())
+            bar.update(n)
+    return out
+
+def _one_thread():
+    import torch
+    torch.set_num_threads(1)
+
 # %% ../nbs/05_shards.ipynb #run_all
 def run_all(jobs:list[Callable], # picklable
             *, n_procs:int,      # processes of one thread each; 1: one after the other, here
@@ -178,20 +193,6 @@ def run_all(jobs:list[Callable], # picklable
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-def _collect(results, n_images, desc):
-    "What each of the functions returns, under a progress bar."
-    counts, unit = (n_images, 'image') if n_images else ([1]*len(results), 'it')
-    out = []
-    with tqdm(total=sum(counts), desc=desc, unit=unit) as bar:
-        for result, n in zip(results, counts):
-            out.append(result())
-            bar.update(n)
-    return out
-
-def _one_thread():
-    import torch
-    torch.set_num_threads(1)
 
 # %% ../nbs/05_shards.ipynb #run_shared
 def run_shared(jobs:list[Callable], # picklable, and what they return too
