@@ -107,7 +107,7 @@ def model_predictions(model:torch.nn.Module, # of `build_model`
 def combine_baselines(masks:list[dict],      # of MaskCut, category_id = cluster + 1, with scores
                       detections:list[dict], # of the class-agnostic detector, the same
                       maps:dict[int, PackedMap], # image id -> uint8 [H, W], stuff clusters 0 ... S - 1
-                      *, n_clusters:int, max_cover:float, combine_score:float,
+                      *, n_clusters:int, max_cover:float, panoptic_score:float,
                       )->dict[str, dict[int, ImagePrediction]]: # method -> image id -> prediction
     "The predictions of the four baselines."
     masks_of, detections_of = ({i: [] for i in maps} for _ in range(2))
@@ -120,7 +120,7 @@ def combine_baselines(masks:list[dict],      # of MaskCut, category_id = cluster
         out['MaskCut + clusters'][i] = merged(masks_of[i], stuff, score_threshold=0., **options)
         out['CutLER+'][i] = ImagePrediction(instances=detections_of[i])
         out['STEGO'][i] = ImagePrediction(semantic=pack((stuff + 1).astype(np.uint8)))
-        out['CutLER+STEGO'][i] = merged(detections_of[i], stuff, score_threshold=combine_score, scored=False, **options)
+        out['CutLER+STEGO'][i] = merged(detections_of[i], stuff, score_threshold=panoptic_score, scored=False, **options)
     return out
 
 # %% ../nbs/73_baselines.ipynb #baselines
@@ -132,7 +132,7 @@ def baselines(root:str|Path, images:list[dict], # {id, file_name}, file names re
               detector:torch.nn.Module,         # class-agnostic (`n_things = 1`, `n_stuff = 0`)
               stuff:Callable,                   # `semantic.segmenter`: list of uint8 [H, W, 3] -> list of uint8 [H, W]
               folder:str|Path,                  # scratch
-              batch_size:int, max_cover:float, combine_score:float, # as in `combine_baselines`
+              batch_size:int, max_cover:float, panoptic_score:float, # as in `combine_baselines`
               )->dict[str, dict[int, ImagePrediction]]: # method -> image id -> prediction
     "Predict with everything that U2Seg is made of."
     folder = Path(folder)
@@ -149,19 +149,19 @@ def baselines(root:str|Path, images:list[dict], # {id, file_name}, file names re
         labels = stuff([read_image(Path(root)/im['file_name']) for im in batch])
         maps |= {im['id']: pack(m) for im, m in zip(batch, labels)}
     return combine_baselines(named(masks['annotations'], 'masks'), named(detections, 'detections'), maps,
-                             n_clusters=len(clusters.centroids), max_cover=max_cover, combine_score=combine_score)
+                             n_clusters=len(clusters.centroids), max_cover=max_cover, panoptic_score=panoptic_score)
 
 # %% ../nbs/73_baselines.ipynb #read_parts
 def read_parts(out:str|Path,    # folder of the stages' outputs
                *, maskcut:dict, # options of `label_images`
-               max_cover:float, combine_score:float, # as in `combine_baselines`
+               max_cover:float, panoptic_score:float, # as in `combine_baselines`
                )->tuple[dict, dict]: # options of `baselines`; hashes of the files and these options
     "What the baselines are made of, and what their predictions depend on."
     out, head = Path(out), 'stego/head.safetensors'
     files = [head, *(f'cluster/{name}' for name in ('clusters.json', 'centroids.npy', 'pca.npz'))]
     files += ['features/backbone.safetensors', 'features/embedder.safetensors']
     files += [f'cutler/model.{end}' for end in ('safetensors', 'yaml')]
-    options = dict(maskcut=maskcut, max_cover=max_cover, combine_score=combine_score)
+    options = dict(maskcut=maskcut, max_cover=max_cover, panoptic_score=panoptic_score)
     key = options | {name: file_hash(out/name) for name in files}
     vit, embedder = (ViTFeatures.from_file(out/'features'/f'{name}.safetensors').to(own_device())
                      for name in ('backbone', 'embedder'))
