@@ -11,6 +11,7 @@ import yaml
 from u2seg import pipeline as P
 from u2seg import shards
 from u2seg import stage as S
+from u2seg.published import publish
 from u2seg.shards import sharded
 
 WORKER = '''
@@ -406,9 +407,9 @@ def test_a_folder_of_data_that_is_missing_is_named(repo):
         (root / 'params.yaml').read_text().split('data:')[0] + f'data: {d}\n'
     )
     data(root='mine', train=['a'], val=[])
-    S.check_data(root)
+    P.check_data(root)
     data(root=str(root / 'mine'), train=['a'], val=[])
-    S.check_data(root)
+    P.check_data(root)
     for wrong in (
         dict(root='mien', train=['a'], val=[]),
         dict(root='mine', train=['b'], val=[]),
@@ -416,7 +417,7 @@ def test_a_folder_of_data_that_is_missing_is_named(repo):
     ):
         data(**wrong)
         with pytest.raises(ValueError, match='which is no folder'):
-            S.check_data(root)
+            P.check_data(root)
     data(root='mine', train=['a'], val=[])
     (root / 'mine' / 'b').mkdir()
     for link, to in (('b/good', '../a'), ('b/4.jpg', '/nowhere/4.jpg')):
@@ -424,7 +425,7 @@ def test_a_folder_of_data_that_is_missing_is_named(repo):
     with pytest.raises(
         ValueError, match='data.root holds the link .*mine/b/4.jpg to /nowhere/4.jpg, which is not there'
     ):
-        S.check_data(root)
+        P.check_data(root)
 
 
 def test_results_do_not_depend_on_the_threads_of_the_environment(repo, monkeypatch):
@@ -466,14 +467,14 @@ def test_failing_stage_is_one_sentence_and_leaves_no_output(repo):
 def test_publish_refuses_code_that_did_not_run(repo):
     root = repo()
     S.run_stage('one', root)
-    S.publish('one', root)
+    publish('one', root)
     path = root / 'nbs' / '10_run_one.ipynb'
     nb = nbformat.read(path, 4)
     assert nb.cells[3].outputs[0].data['text/plain'] == '1.5'
     nb.cells[3].source = 'a - b'
     nbformat.write(nb, path)
     with pytest.raises(ValueError, match='is not the one that ran'):
-        S.publish('one', root)
+        publish('one', root)
 
 
 def test_publish_names_the_findings_below_a_changed_output(repo, capsys):
@@ -492,7 +493,7 @@ def test_publish_names_the_findings_below_a_changed_output(repo, capsys):
     said = []
     for section in ({}, {}, dict(a=2)):
         S.run_stage('one', repo(**section))
-        S.publish('one', root)
+        publish('one', root)
         said.append(capsys.readouterr().out)
     assert said[0] == '10_run_one.ipynb: read again: sum-finding, seven-finding\n'  # there was no output before
     assert said[1] == ''

@@ -120,7 +120,8 @@ def combine_baselines(masks:list[dict],      # of MaskCut, category_id = cluster
         out['MaskCut + clusters'][i] = merged(masks_of[i], stuff, score_threshold=0., **options)
         out['CutLER+'][i] = ImagePrediction(instances=detections_of[i])
         out['STEGO'][i] = ImagePrediction(semantic=pack((stuff + 1).astype(np.uint8)))
-        out['CutLER+STEGO'][i] = merged(detections_of[i], stuff, score_threshold=panoptic_score, scored=False, **options)
+        out['CutLER+STEGO'][i] = merged(
+            detections_of[i], stuff, score_threshold=panoptic_score, scored=False, **options)
     return out
 
 # %% ../nbs/73_baselines.ipynb #baselines

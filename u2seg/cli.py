@@ -19,8 +19,9 @@ def run(stage:str):
 
 def check():
     "Compare params.yaml with every stage, and open each file that it names, before any work."
+    from u2seg.pipeline import check_data
     from u2seg.recipes import check_files
-    from u2seg.stage import check_data, check_stages
+    from u2seg.stage import check_stages
     names = check_stages()
     check_data()
     check_files()
@@ -43,7 +44,7 @@ def publish(stages:list[str]):
     "Copy the outputs of executed stages into nbs/, those of report into README (all stages if none is named)."
     from u2seg import published, stage
     stages = stages or stage.stages('.')
-    for name in stages: stage.publish(name)
+    for name in stages: published.publish(name)
     if 'report' in stages: published.publish_results()
 
 def table():

@@ -87,7 +87,7 @@ def stego_loss(feat:Tensor, code:Tensor,         # [b, d, h, w], [b, c, h, w] of
     rand = torch.stack([loss(fa, sample(feat[p], pb), ca, sample(code[p], pb), b_rand) for p in partners]).mean()
     return dict(loss=w_self*itself + w_knn*knn + w_rand*rand, self=itself, knn=knn, rand=rand)
 
-# %% ../nbs/53_correspondence.ipynb #nearest_images
+# %% ../nbs/53_correspondence.ipynb #cosine_search
 def _cosine_search(x, n):
     "Rows -> indices int64 [rows, n] of the nearest rows of x: faiss on a CPU, products on this process's GPU."
     device = own_device()
@@ -105,6 +105,7 @@ def _without_itself(nearest, first): # int64 [b, n + 1] of rows first, first + 1
     itself[:, -1] |= ~itself.any(1)                            # duplicates pushed it out of its list: drop the last
     return nearest[~itself].reshape(len(nearest), -1)
 
+# %% ../nbs/53_correspondence.ipynb #nearest_images
 def nearest_images(x:Tensor,           # [n, d], rows of unit length
                    n_neighbors:int,
                    *, block:int=4096,  # queries at once

@@ -74,7 +74,8 @@ def _name_images(files:list[str], known:dict[str, str])->dict[str, str]: # path 
 def _claim(out, model, files)->dict[str, str]: # as of `_name_images`, of all images that the folder knows
     "Note whose results the folder holds; `ValueError` if it holds those of another model or other settings."
     note = out/'.work'/'images.json'
-    own = json.loads(json.dumps(dict(weights=_digest(model.model), settings=model.model.config, names=as_yaml(model.naming))))
+    own = dict(weights=_digest(model.model), settings=model.model.config, names=as_yaml(model.naming))
+    own = json.loads(json.dumps(own))                             # as it will be read
     old = read_json(note) if note.is_file() else dict(own, images={})
     way_out = 'name another folder, or delete this one'
     if old['weights'] != own['weights']: raise ValueError(f'{out}: holds the results of another model; {way_out}')

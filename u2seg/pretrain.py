@@ -145,11 +145,12 @@ def _train(run, losses, schedule, n_iters, save_every):
         if (step + 1) % save_every == 0 or is_last: save_state(*run, step + 1, log)
     return log
 
-# %% ../nbs/13_pretrain.ipynb #fit
+# %% ../nbs/13_pretrain.ipynb #computes_bf16
 def _computes_bf16(device):
     if device.type == 'cuda': return torch.cuda.get_device_capability(device) >= (8, 0)
     return arithmetic() == 'fast'
 
+# %% ../nbs/13_pretrain.ipynb #fit
 def fit(images:np.ndarray,   # uint8 [n, S, S, 3]
         folder:str|Path,     # state.pt lives here
         *, model:dict,       # what `build_vit` builds

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXPONENT', 'SHARED', 'ALONE', 'stage_notebook', 'stages', 'declared', 'stage_values', 'run_check', 'read_yaml',
-           'load_params', 'stage_params', 'check_stages', 'check_data', 'tidy', 'run_stage', 'publish', 'write_metrics']
+           'load_params', 'stage_params', 'check_stages', 'tidy', 'run_stage', 'write_metrics']
 
 # %% ../nbs/06_stage.ipynb #imports
 import ast
@@ -159,20 +159,6 @@ def check_stages(root:str|Path='.')->list[str]: # all stages
         run_check(stage, nb, stage_values(stage, params, declared(nb)) | {'root': str(root)})
     return names
 
-def check_data(root:str|Path='.'):
-    "`ValueError` names the first folder of the section `data` that is missing, or a dangling link below its root."
-    data = load_params(root)['data']
-    for name in [*data['train'], *data['val']]:
-        folder = Path(root, data['root'], name)
-        if folder.is_dir(): continue
-        raise ValueError(f'params.yaml: data names {folder}, which is no folder; '
-                         '`dvc pull data.dvc` fetches the embedded data')
-    for here, _, names in os.walk(Path(root, data['root'])):
-        for path in (os.path.join(here, n) for n in names):
-            if not os.path.islink(path) or os.path.exists(path): continue
-            raise ValueError(f'params.yaml: data.root holds the link {path} to {os.readlink(path)}, '
-                             'which is not there; bring that back or remove the link')
-
 # %% ../nbs/06_stage.ipynb #tidy
 def tidy(nb):
     "Remove from an executed notebook what differs between two equal runs: times, counters, progress bars."
@@ -264,7 +250,8 @@ def _n_processes(stage)->int:
 def _become_torchrun(stage, n, root):
     os.chdir(root)
     sys.stdout.flush()
-    command = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(n), '-m', 'u2seg.cli', 'run', stage]
+    command = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(n)]
+    command += ['-m', 'u2seg.cli', 'run', stage]
     os.execv(sys.executable, [sys.executable, *command])
 
 # %% ../nbs/06_stage.ipynb #run_stage
@@ -286,30 +273,6 @@ def run_stage(stage:str, root:str|Path='.'):
     with _environment(held): _execute(stage, source, ran, values | {'root': '.'}, root)
     if rank == 0: write_atomic(out/'run.ipynb', nbformat.writes(tidy(nbformat.read(ran, 4))).encode())
     if world == 1: shutil.rmtree(scratch)                # torchrun's other workers may still read the shards
-
-# %% ../nbs/06_stage.ipynb #publish
-def publish(stage:str, root:str|Path='.'):
-    "Copy the outputs of `out/<stage>/run.ipynb` into the stage's notebook; print the findings to read again."
-    source, ran = stage_notebook(root, stage), Path(root, 'out', stage, 'run.ipynb')
-    if not ran.exists(): raise ValueError(f'{ran}: not there; run the stage first')
-    nb, changed = nbformat.read(source, 4), set()
-    done = {c['id']: c for c in nbformat.read(ran, 4).cells}
-    for c in (c for c in nb.cells if c.cell_type == 'code'):
-        if c['id'] not in done or done[c['id']].source != c.source:
-            raise ValueError(f'{source.name}: cell {c["id"]!r} is not the one that ran; run the stage again')
-        if _contents(c.outputs) != _contents(done[c['id']].outputs): changed.add(c['id'])
-        c.outputs = done[c['id']].outputs
-    write_atomic(source, nbformat.writes(nb).encode())
-    findings = [*_findings(nb, changed)]
-    if findings: print(f'{source.name}: read again: {", ".join(findings)}')
-
-def _contents(outputs): return [o.get('data', o.get('text')) for o in outputs]
-
-def _findings(nb, changed): # ids of the findings below the cells `changed`
-    above = None
-    for c in nb.cells:
-        if c.cell_type == 'code': above = c['id']
-        elif c['id'].endswith('-finding') and above in changed: yield c['id']
 
 # %% ../nbs/06_stage.ipynb #write_metrics
 def _finite(x):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'ARRAYS', 'LEGACY', 'MAGIC', 'SUFFIXES', 'AVERAGED', 'DTYPES', 'read_checkpoint', 'WeightSet',
-           'find_weights', 'read_weights']
+           'find_weights', 'read_weights', 'load_strictly']
 
 # %% ../nbs/10_weights.ipynb #imports
 import pickle
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import nn, Tensor
 
 # %% ../nbs/10_weights.ipynb #arrays_only
 _core = np._core if hasattr(np, '_core') else np.core
@@ -202,3 +202,17 @@ def find_weights(path:str|Path,
 def read_weights(path:str|Path, known:Callable[[str], bool]|None=None)->dict[str, Tensor]:
     "Tensors of a checkpoint by their own names; see `find_weights`."
     return find_weights(path, known).state
+
+# %% ../nbs/10_weights.ipynb #load_strictly
+def load_strictly(model:nn.Module, state:dict, source:str|Path):
+    "Fill `model` with `state`; every name and shape must fit, or a `ValueError` says which do not."
+    own = model.state_dict()
+    wrong = [k for k in own if k in state and state[k].shape != own[k].shape]
+    shapes = [f'{k} {list(state[k].shape)} instead of {list(own[k].shape)}' for k in wrong]
+    problems = {'lacks': sorted(own.keys() - state.keys()),
+                'has unknown': sorted(state.keys() - own.keys()),
+                'has': shapes}
+    for what, names in problems.items():
+        more = f' and {len(names) - 4} more' if len(names) > 4 else ''
+        if names: raise ValueError(f'{source} {what} {", ".join(names[:4])}{more}')
+    model.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items()})
