@@ -343,7 +343,7 @@ PAPER = dict(
 @torch.no_grad()
 def settle(model, image):
     """BatchNorm's statistics from a picture, as training would leave them: random ones let the activations of a
-    deep trunk grow without bound."""
+    deep backbone grow without bound."""
     layers = [m for m in model.backbone.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
     for m in layers:
         m.momentum = 1.0

@@ -25,7 +25,7 @@ def dino():
 
 
 def original_names(vit):
-    "The state of a ViT as the original DINO release names it."
+    "The state of a ViT as the original DINO code names it."
     d, depth = vit.embed_dim, len(vit.blocks)
     names = ['cls_token', 'pos_embed', 'patch_embed.proj.weight', 'patch_embed.proj.bias', 'norm.weight', 'norm.bias']
     for i in range(depth):

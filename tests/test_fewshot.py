@@ -263,7 +263,7 @@ def test_a_run_resumes_and_its_class_layers_are_new(root, tmp_path, monkeypatch)
     }
 
 
-def test_the_trunk_alone_and_the_iterations_of_the_job(root, tmp_path, monkeypatch):
+def test_the_backbone_alone_and_the_iterations_of_the_job(root, tmp_path, monkeypatch):
     torch.manual_seed(5)
     given = build_model({**CONFIG, 'n_things': 2, 'n_stuff': 2})
     save_weights(given, tmp_path / 'model.safetensors')
@@ -274,7 +274,7 @@ def test_the_trunk_alone_and_the_iterations_of_the_job(root, tmp_path, monkeypat
         return real(model, batches, solver, **k)
 
     monkeypatch.setattr(fewshot, 'fit', spy)
-    job(root, tmp_path / 'a', weights=str(tmp_path / 'model.safetensors'), trunk=True, n_iters=10)
+    job(root, tmp_path / 'a', weights=str(tmp_path / 'model.safetensors'), backbone_only=True, n_iters=10)
     kept = {n for n in own if torch.equal(own[n], seen['weights'][n]) and own[n].ndim == 4}
     assert (
         kept == {n for n in own if n.startswith('backbone.bottom_up.') and own[n].ndim == 4}

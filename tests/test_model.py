@@ -719,15 +719,17 @@ def test_torchvision_names():
     m = build_model(dict(TINY, depth=50, width=64, n_blocks=[]))
     state = torchvision.models.resnet50().state_dict()
     renamed, own = rename_weights(state), m.state_dict()
-    trunk = {k for k in own if 'bottom_up' in k}
-    assert set(renamed) - {'fc.weight', 'fc.bias'} == trunk and all(renamed[k].shape == own[k].shape for k in trunk)
+    backbone = {k for k in own if 'bottom_up' in k}
+    assert set(renamed) - {'fc.weight', 'fc.bias'} == backbone and all(
+        renamed[k].shape == own[k].shape for k in backbone
+    )
     assert renamed['backbone.bottom_up.res4.0.shortcut.norm.bias'] is state['layer3.0.downsample.1.bias']
     assert renamed['backbone.bottom_up.stem.conv1.norm.weight'] is state['bn1.weight']
 
 
 def test_dinos_files(tmp_path):
     """The published backbone (raw .pth), its training checkpoint, and detectron2's conversion (.pkl) give the same
-    trunk; heads of another purpose are named."""
+    backbone; heads of another purpose are named."""
     resnet = pytest.importorskip('torchvision').models.resnet50(weights=None)
     state = {k: v for k, v in resnet.state_dict().items() if not k.startswith('fc.')}
     torch.save(state, tmp_path / 'dino_resnet50_pretrain.pth')
@@ -748,21 +750,23 @@ def test_dinos_files(tmp_path):
     (tmp_path / 'dino_RN50_pretrain_d2_format.pkl').write_bytes(
         pickle.dumps(dict(model=d2, __author__='MOCO', matching_heuristics=True), protocol=2)
     )
-    trunks = []
+    backbones = []
     for name in ('dino_resnet50_pretrain.pth', 'full.pth', 'dino_RN50_pretrain_d2_format.pkl'):
         m = build_model(dict(TINY, depth=50, width=64, n_blocks=[], norm='SyncBN'))
         report = load_weights(m, tmp_path / name)
-        trunk = {k: v for k, v in m.state_dict().items() if 'bottom_up' in k and not k.endswith('num_batches_tracked')}
+        backbone = {
+            k: v for k, v in m.state_dict().items() if 'bottom_up' in k and not k.endswith('num_batches_tracked')
+        }
         assert (
-            len(trunk) == 265
-            and set(trunk) <= set(report.loaded)
+            len(backbone) == 265
+            and set(backbone) <= set(report.loaded)
             and not report.mismatched
             and all('bottom_up' not in k for k in report.missing)
         )
         assert report.unexpected == (['head.mlp.0.weight'] if name == 'full.pth' else [])
-        trunks.append(trunk)
-    assert all(torch.equal(trunks[0][k], t[k]) for t in trunks for k in t) and torch.equal(
-        trunks[0]['backbone.bottom_up.res4.2.conv3.weight'], state['layer3.2.conv3.weight']
+        backbones.append(backbone)
+    assert all(torch.equal(backbones[0][k], t[k]) for t in backbones for k in t) and torch.equal(
+        backbones[0]['backbone.bottom_up.res4.2.conv3.weight'], state['layer3.2.conv3.weight']
     )
 
 
@@ -807,7 +811,7 @@ def test_every_kind_of_file(tmp_path):
         report = load_weights(b, tmp_path / name)
         assert all((b.state_dict()[k] == v).all() for k, v in state.items()), name
         assert len(report.loaded) == len(state) and not report.missing + report.unexpected + report.mismatched
-    (tmp_path / 'trunk.pkl').write_bytes(
+    (tmp_path / 'backbone.pkl').write_bytes(
         pickle.dumps(
             dict(
                 model={k.removeprefix('backbone.bottom_up.'): v for k, v in arrays.items() if 'bottom_up' in k},
@@ -815,7 +819,7 @@ def test_every_kind_of_file(tmp_path):
             )
         )
     )
-    assert set(load_weights(b, tmp_path / 'trunk.pkl').loaded) == {k for k in state if 'bottom_up' in k}
+    assert set(load_weights(b, tmp_path / 'backbone.pkl').loaded) == {k for k in state if 'bottom_up' in k}
     assert M.read_config(tmp_path / 'model.yaml') == a.config
 
 

@@ -17,7 +17,7 @@ from u2seg.panoptic import categories, link_images, merge, stuff_map, write_labe
 N = 9
 
 
-def oracle(instances, semantic, *, max_cover=0.7, rule='release'):
+def oracle(instances, semantic, *, max_cover=0.7, rule='official'):
     """The definition, pixel by pixel: who is on top, then which stuff survives. Returns {(y, x): (category, key of
     the segment) or None}."""
     H, W = semantic.shape
@@ -43,7 +43,7 @@ def oracle(instances, semantic, *, max_cover=0.7, rule='release'):
             s = int(semantic[y, x])
             pixels = [(v, u) for v in range(H) for u in range(W) if semantic[v, u] == s]
             r = sum(top[v][u] is not None for v, u in pixels) / len(pixels)
-            out[y, x] = None if s == 255 or (rule == 'release' and r > max_cover) else (N + 1 + s, ('stuff', s))
+            out[y, x] = None if s == 255 or (rule == 'official' and r > max_cover) else (N + 1 + s, ('stuff', s))
     return out
 
 
@@ -69,7 +69,7 @@ def scenes(draw):
 
 
 @settings(max_examples=150, deadline=None)
-@given(scenes(), st.sampled_from(['release', 'paper']), st.sampled_from([0.0, 0.3, 0.5, 0.7, 1.0]))
+@given(scenes(), st.sampled_from(['official', 'paper']), st.sampled_from([0.0, 0.3, 0.5, 0.7, 1.0]))
 def test_merge_equals_the_oracle_pixel_by_pixel(scene, rule, max_cover):
     instances, semantic = scene
     ids, info = merge(instances, semantic, n_clusters=N, max_cover=max_cover, rule=rule)
@@ -88,7 +88,7 @@ def test_merge_equals_the_oracle_pixel_by_pixel(scene, rule, max_cover):
 
 
 @settings(max_examples=100, deadline=None)
-@given(scenes(), st.sampled_from(['release', 'paper']), st.integers(1, 6))
+@given(scenes(), st.sampled_from(['official', 'paper']), st.integers(1, 6))
 def test_segments_and_map_agree(scene, rule, min_area):
     instances, semantic = scene
     ids, info = merge(instances, semantic, n_clusters=N, rule=rule, min_area=min_area)
@@ -119,7 +119,7 @@ def test_no_instances():
 
 def test_one_instance_covers_all():
     a = dict(category_id=2, segmentation=rle(np.ones((3, 4))))
-    for rule in ('release', 'paper'):
+    for rule in ('official', 'paper'):
         ids, info = merge([a], np.zeros((3, 4), np.uint8), n_clusters=3, rule=rule)
         assert (ids == 1).all() and len(info) == 1 and info[0]['bbox'] == [0, 0, 4, 3]
 
@@ -200,7 +200,7 @@ def test_wrong_input_is_named():
         merge([a], semantic.astype(int), n_clusters=1)
     with pytest.raises(ValueError, match='run-length'):
         merge([dict(category_id=1)], semantic, n_clusters=1)
-    with pytest.raises(ValueError, match="'release' or 'paper'"):
+    with pytest.raises(ValueError, match="'official' or 'paper'"):
         merge([a], semantic, n_clusters=1, rule='both')
     broken = dict(a['segmentation'], counts=a['segmentation']['counts'][:-1])
     with pytest.raises(ValueError, match='broken'):
@@ -231,9 +231,9 @@ def label_set(tmp_path):
     coco = instances_json(images, anns, [dict(id=i, name=str(i)) for i in range(1, N + 1)])
 
     def write(folder='out', **kw):
-        knobs = dict(n_stuff=5, max_cover=0.7, rule='release', keep_empty=True, score_threshold=0.0, min_area=1) | kw
+        options = dict(n_stuff=5, max_cover=0.7, rule='official', keep_empty=True, score_threshold=0.0, min_area=1) | kw
         return write_labels(
-            coco, tmp_path / 'semantic', tmp_path / folder, work_folder=tmp_path / 'work', **knobs
+            coco, tmp_path / 'semantic', tmp_path / folder, work_folder=tmp_path / 'work', **options
         ), tmp_path / folder
 
     write.coco, write.root = coco, tmp_path
@@ -379,7 +379,7 @@ def test_two_runs_give_the_same_bytes_and_knobs_matter(label_set):
     for f in sorted(a.rglob('*.*')):
         assert f.read_bytes() == (b / f.relative_to(a)).read_bytes(), f
     assert (label_set('paper', rule='paper', max_cover=0.0)[1] / 'panoptic.json').read_bytes() != (
-        label_set('release', max_cover=0.0)[1] / 'panoptic.json'
+        label_set('official', max_cover=0.0)[1] / 'panoptic.json'
     ).read_bytes()
 
 

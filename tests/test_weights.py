@@ -125,18 +125,20 @@ def test_the_content_decides_and_not_the_name(tmp_path, suffix, state):
 def test_moco_s_query_encoder_is_taken(tmp_path):
     "Its momentum encoder is no teacher: who uses MoCo takes the first."
     torchvision = pytest.importorskip('torchvision')
-    trunk = torchvision.models.resnet18().state_dict()
+    backbone = torchvision.models.resnet18().state_dict()
     torch.save(
         dict(
-            state_dict=under('module.encoder_q.', trunk)
-            | under('module.encoder_k.', zeros(trunk))
+            state_dict=under('module.encoder_q.', backbone)
+            | under('module.encoder_k.', zeros(backbone))
             | {'module.queue': torch.zeros(4, 9)}
         ),
         tmp_path / 'moco.pth',
     )
     model = build_model(dict(SMALL, width=64, norm='BN'))
     report = load_weights(model, tmp_path / 'moco.pth')
-    assert torch.equal(model.state_dict()['backbone.bottom_up.res5.1.conv2.norm.weight'], trunk['layer4.1.bn2.weight'])
+    assert torch.equal(
+        model.state_dict()['backbone.bottom_up.res5.1.conv2.norm.weight'], backbone['layer4.1.bn2.weight']
+    )
     assert (report.taken, report.others) == ('state_dict.module.encoder_q', ('state_dict.module.encoder_k',))
 
 

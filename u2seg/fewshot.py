@@ -85,12 +85,12 @@ def _of_percent(pattern, p): return pattern.replace('{percent}', f'{p:g}')
 def few_shot_jobs(out:str|Path,        # folder of the earlier stages
                   *, percents:list[float], n_iters:list[int], inits:list[str], seeds:list[int],
                   subsets:str|None=None)->list[dict]: # as in `check_runs`, relative to the folder of `out`
-    "The jobs of `few_shot`: {init, weights, percent, seed, n_iters, trunk}, and `subset` if files list the images."
+    "The jobs of `few_shot`: init, weights, backbone_only, percent, seed, n_iters; `subset` if files list the images."
     out = Path(out)
     cutler = str(out/'cutler'/'model.safetensors')
     weights = dict(u2seg=str(out/'train'/'model.safetensors'), cutler=cutler, backbone=cutler, random=None)
     listed = lambda p: {} if subsets is None else dict(subset=str(out.parent/_of_percent(subsets, p)))
-    return [dict(init=i, weights=weights[i], percent=p, seed=s, n_iters=n, trunk=i == 'backbone', **listed(p))
+    return [dict(init=i, weights=weights[i], backbone_only=i == 'backbone', percent=p, seed=s, n_iters=n, **listed(p))
             for (p, n), i, s in itertools.product(zip(percents, n_iters), inits, seeds)]
 
 def can_fine_tune(root:str|Path, train:list[str], val:list[str])->bool:
@@ -183,7 +183,7 @@ def _initial(config, data, job):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job['seed'])
         model = build_model({**config, 'n_things': len(data.things), 'n_stuff': len(data.stuff)})
-    without = (*CLASS_LAYERS, *HEADS) if job.get('trunk') else CLASS_LAYERS
+    without = (*CLASS_LAYERS, *HEADS) if job.get('backbone_only') else CLASS_LAYERS
     if job['weights']: load_weights(model, job['weights'], without=without)
     return model
 

@@ -85,7 +85,7 @@ def _segment(i, category_id, area, box):
 # %% ../nbs/60_panoptic.ipynb #check_options
 def check_options(*, rule:str, max_cover:float, score_threshold:float, min_area:int):
     "`ValueError` names the first option of the merge that is not allowed."
-    if rule not in ('release', 'paper'): raise ValueError(f"rule must be 'release' or 'paper', got {rule!r}")
+    if rule not in ('official', 'paper'): raise ValueError(f"rule must be 'official' or 'paper', got {rule!r}")
     for name, value in dict(max_cover=max_cover, score_threshold=score_threshold).items():
         if not 0 <= value <= 1: raise ValueError(f'{name} must lie in [0, 1], got {value}')
     if min_area < 1: raise ValueError(f'min_area must be 1 or more, got {min_area}')
@@ -127,8 +127,8 @@ def _paint(instances:list[dict], size:tuple[int, int], # of the image, (H, W)
 def merge(instances:list[dict],      # {category_id: 1 ... n_clusters, segmentation: RLE; bbox, score: optional}
           semantic:np.ndarray,       # uint8 [H, W], stuff cluster of each pixel, 255 = void
           *, n_clusters:int,         # categories of things: stuff cluster s becomes n_clusters + 1 + s
-          max_cover:float=.7,        # stuff with a larger fraction under instances is dropped (`rule='release'`)
-          rule:str='release',        # 'release' (official code) | 'paper' (eq. 5: no stuff is dropped)
+          max_cover:float=.7,        # stuff with a larger fraction under instances is dropped (`rule='official'`)
+          rule:str='official',        # 'official' (official code) | 'paper' (eq. 5: no stuff is dropped)
           score_threshold:float=0.,  # instances below are left out; no score counts as 1
           min_area:int=1,            # stuff segments of fewer pixels are left void
           )->tuple[np.ndarray, list[dict]]: # ids int32 [H, W], 0 = void; [{id, category_id, iscrowd, area, bbox}]
@@ -141,7 +141,7 @@ def merge(instances:list[dict],      # {category_id: 1 ... n_clusters, segmentat
     keep = area > 0
     keep[n:] &= area[n:] >= min_area
     keep[-1] = False                                    # 255 is void
-    if rule == 'release': keep[n:] &= (total - area[n:])/np.maximum(total, 1) <= max_cover
+    if rule == 'official': keep[n:] &= (total - area[n:])/np.maximum(total, 1) <= max_cover
     category = [a['category_id'] for a in instances] + [n_clusters + 1 + s for s in range(256)]
     ids = (np.cumsum(keep)*keep).astype(np.int32)       # owner -> id, 0 where dropped
     segments = [_segment(ids[o], category[o], area[o], box[o]) for o in np.flatnonzero(keep)]

@@ -51,7 +51,7 @@ def update_readme(path:str|Path, text:str): # Markdown
     if new != old: write_atomic(path, new.encode())
 
 def publish_results(root:str|Path='.'):
-    "Results and picture into README and notebook 00, from stages report and evaluate; none of a run without scores."
+    "Results and figure into README and notebook 00, from stages report and evaluate; none of a run without scores."
     out, nbs = Path(root, 'out'), Path(root, 'nbs')
     if not (text := (out/'report'/'readme.md').read_text().strip()): return
     update_readme(Path(root, 'README.md'), text)

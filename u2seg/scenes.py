@@ -106,7 +106,7 @@ def camera(rng, rgb:np.ndarray)->np.ndarray: # float [H, W, 3] -> uint8 [H, W, 3
 # %% ../nbs/09_scenes.ipynb #truth
 def truth(ids:np.ndarray,   # int32 [H, W], 1 + position in `names`
           names:list[str])->tuple[np.ndarray, list[dict]]: # ids [H, W] int32, 0 = void; segments_info as in COCO
-    "Renumber the segments large enough to be judged; measure areas and boxes [x, y, w, h]."
+    "Renumber the segments large enough to be evaluated; measure areas and boxes [x, y, w, h]."
     out, segments = np.zeros_like(ids), []
     for i, name in enumerate(names, 1):
         where = ids == i

@@ -209,7 +209,7 @@ def palette(rng, avoid:np.ndarray, # [3] RGB behind the thing
 def pose(rng, name:str,
          px:np.ndarray, py:np.ndarray, # [h, w], from the centre, in radii
          )->tuple[np.ndarray, np.ndarray]: # u, v: the thing's own coordinates
-    "Turn, mirror, shear, stretch and wobble."
+    "Turn, flip, shear, stretch and wobble."
     turn, bend = rng.uniform(-1, 1)*TURN[name], .015 if name == 'ball' else .08
     shear, aspect = bend*rng.normal(), np.exp(bend*rng.normal())
     flip, soft = rng.choice([-1, 1]), .010 if name in RIGID else .022
