@@ -1,0 +1,284 @@
+"""Weights by name: files of the published form on loopback, and their malicious twins."""
+
+import http.server
+import pickle
+import re
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from u2seg import download as D
+from u2seg import zoo
+from u2seg.checkpoints import load_weights
+from u2seg.convert import checkpoint_config
+from u2seg.images import read_json
+from u2seg.model import build_model
+from u2seg.predict import U2Seg
+
+root = Path(__file__).parents[1]
+SMALL = dict(depth=18, width=8, fpn_channels=16, fc_dim=16, mask_dim=8, n_mask_convs=4)
+ONE_STAGE = dict(cascade_ious=[0.5], cascade_weights=[[10.0, 10.0, 5.0, 5.0]])
+
+
+def network(**config):
+    torch.manual_seed(0)
+    return build_model(SMALL | config)
+
+
+def as_detectron2_saves(model, path):
+    "The keys of DetectionCheckpointer with optimizer, schedule and scaler; heads of one stage have no number."
+    state = model.state_dict()
+    if len(model.config['cascade_ious']) == 1:
+        state = {re.sub(r'(box_head|box_predictor)\.0\.', r'\1.', k): v for k, v in state.items()}
+    groups = [dict(lr=0.01, momentum=0.9, params=[0], initial_lr=0.01)]
+    optimizer = dict(state={0: dict(momentum_buffer=torch.zeros(3))}, param_groups=groups)
+    scaler = dict(scale=65536.0, growth_factor=2.0, backoff_factor=0.5, growth_interval=2000, _growth_tracker=7)
+    schedule = dict(base_lrs=[0.01], last_epoch=89999)
+    torch.save(dict(model=state, optimizer=optimizer, scheduler=schedule, grad_scaler=scaler, iteration=89999), path)
+
+
+class Publisher(http.server.BaseHTTPRequestHandler):
+    "Gives the files of a folder; as Google Drive, a page with a form first."
+
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        name = self.path.split('/')[-1].split('?')[0]
+        if name == 'uc':
+            return self.page()
+        query = self.path.partition('?')[2]
+        if name == 'download':
+            name = 'big.pkl' if 'id=1x' in query and 'confirm=t' in query and 'uuid=ab' in query else 'none'
+        data = (self.server.folder / name).read_bytes() if (self.server.folder / name).is_file() else b''
+        start = int((self.headers.get('Range') or 'bytes=0-')[6:-1])
+        self.give(data[start:], (206 if start else 200) if data else 404, 'application/octet-stream')
+
+    def page(self):
+        form = '<form id="download-form" action="{}/download" method="get">'.format(self.server.host)
+        for key, value in dict(id='1x', export='download', confirm='t', uuid='ab').items():
+            form += f'<input type="hidden" name="{key}" value="{value}">'
+        text = self.server.text or f'<title>Google Drive - Virus scan warning</title>{form}</form>'
+        self.give(f'<!DOCTYPE html><html>{text}</html>'.encode(), 200, 'text/html; charset=utf-8')
+
+    def give(self, data, status, kind):
+        self.send_response(status)
+        self.send_header('Content-Type', kind)
+        self.send_header('Content-Length', str(len(data) + self.server.missing))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    s = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Publisher)
+    s.daemon_threads = True
+    s.asked, s.folder, s.text, s.missing = [], tmp_path / 'published', '', 0
+    s.host = f'http://127.0.0.1:{s.server_port}'
+    s.folder.mkdir()
+    monkeypatch.setenv('U2SEG_CACHE', str(tmp_path / 'cache'))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(D, 'DRIVE', s.host)
+    for name, w in list(zoo.WEIGHTS.items()):
+        if 'url' in w:
+            monkeypatch.setitem(zoo.WEIGHTS, name, w | dict(url=f'{s.host}/{w["file"]}'))
+    threading.Thread(target=s.serve_forever, daemon=True).start()
+    yield s
+    s.shutdown()
+    s.server_close()
+
+
+def cached():
+    return sorted(p.name for p in D.cache_folder().iterdir())
+
+
+@pytest.mark.parametrize(
+    'name,config',
+    [
+        ('cutler', dict(n_things=1, n_stuff=0, score_threshold=0.0)),
+        ('cutler-mrcnn', dict(n_things=1, n_stuff=0, score_threshold=0.0) | ONE_STAGE),
+        ('cutler-semi-10', dict(n_things=80, n_stuff=0, rpn_nms=0.7)),
+    ],
+)
+def test_a_name_is_fetched_once_converted_and_kept(server, name, config, capsys):
+    given = network(**config).eval()
+    file = zoo.WEIGHTS[name]['file']
+    as_detectron2_saves(given, server.folder / file)
+    model = U2Seg.from_pretrained(name, device='cpu')
+    assert {k: model.model.config[k] for k in SMALL | config} == SMALL | config
+    assert all(torch.equal(v, given.state_dict()[k]) for k, v in model.model.state_dict().items())
+    assert list(model.names.values())[:2] == (['person', 'bicycle'] if 'semi' in name else ['object'])
+    assert 'CC BY-NC-SA 4.0' in (said := capsys.readouterr().out) and 'no digest is published' in said
+    assert cached() == sorted([name, file, f'{file}.sha256'])
+    U2Seg.from_pretrained(name, device='cpu')
+    assert server.asked == [f'/{file}'] and capsys.readouterr().out == ''
+
+
+def test_what_a_person_put_there_is_found_and_left(server, capsys):
+    file = D.cache_folder() / 'cocotrain_800_0089999.pth'
+    with pytest.raises(ValueError, match='click the three dots beside cocotrain_800_0089999.pth') as e:
+        U2Seg.from_pretrained('u2seg-800')
+    assert str(e.value).count('\n') == 0 and str(file.parent) in str(e.value)
+    file.write_bytes(b'<!DOCTYPE html><html>sign in</html>')
+    with pytest.raises(ValueError, match='is a web page'):
+        U2Seg.from_pretrained('u2seg-800')
+    assert file.is_file()
+    file.with_name(f'{file.name}.sha256').unlink()
+    as_detectron2_saves(network(n_things=6, n_stuff=3, sem_dim=32), file)
+    model = U2Seg.from_pretrained('u2seg-800', device='cpu')
+    assert len(model.names) == 9 and server.asked == []
+
+
+class Trap:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def malicious(path, mark):
+    torch.save(dict(model=network(n_things=1, n_stuff=0).state_dict(), optimizer=Trap(mark)), path)
+
+
+def bare_pickle(path, mark):
+    path.write_bytes(pickle.dumps(dict(model=Trap(mark))))
+
+
+def page(path, mark):
+    path.write_bytes(b'<!DOCTYPE html><html>Sign in</html>')
+
+
+def cut(path, mark):
+    as_detectron2_saves(network(n_things=1, n_stuff=0), path)
+    path.write_bytes(path.read_bytes()[:-3000])
+
+
+def nothing(path, mark):
+    path.write_bytes(b'\0' * 100)
+
+
+@pytest.mark.parametrize('twin', [malicious, bare_pickle, page, cut, nothing])
+def test_a_twin_that_is_no_checkpoint_is_refused_and_removed(server, tmp_path, twin):
+    twin(server.folder / 'cutler_cascade_final.pth', tmp_path / 'sprung')
+    with pytest.raises(ValueError, match='cutler_cascade_final.pth'):
+        U2Seg.from_pretrained('cutler')
+    assert not (tmp_path / 'sprung').exists() and cached() == []
+    as_detectron2_saves(network(n_things=1, n_stuff=0), server.folder / 'cutler_cascade_final.pth')
+    assert U2Seg.from_pretrained('cutler', device='cpu')
+
+
+def test_a_connection_that_breaks_leaves_a_part_to_go_on_from(server, monkeypatch):
+    as_detectron2_saves(network(n_things=1, n_stuff=0), server.folder / 'cutler_cascade_final.pth')
+    server.missing = 100
+    monkeypatch.setattr(D.time, 'sleep', lambda s: None)
+    with pytest.raises(ValueError, match='call again to go on from cutler_cascade_final.pth.part'):
+        zoo.locate('cutler')
+    server.missing = 0
+    (D.cache_folder() / 'cutler_cascade_final.pth.part').write_bytes(b'')
+    assert zoo.locate('cutler').is_dir()
+
+
+def test_a_file_that_changed_since_is_refused(server):
+    as_detectron2_saves(network(n_things=1, n_stuff=0), server.folder / 'cutler_cascade_final.pth')
+    file = zoo.fetch_weights('cutler', D.cache_folder())
+    as_detectron2_saves(network(n_things=1, n_stuff=0, fc_dim=32), file)
+    with pytest.raises(ValueError, match='changed since it was fetched'):
+        zoo.locate('cutler')
+    assert file.is_file()
+
+
+def test_a_published_digest_is_compared(server, monkeypatch):
+    as_detectron2_saves(network(n_things=1, n_stuff=0), server.folder / 'cutler_cascade_final.pth')
+    monkeypatch.setitem(zoo.WEIGHTS, 'cutler', zoo.WEIGHTS['cutler'] | dict(sha256='0' * 64))
+    with pytest.raises(ValueError, match='is not what cutler was published as'):
+        zoo.locate('cutler')
+    assert 'cutler' not in cached()
+
+
+def test_google_drive_gives_the_file_behind_its_page(server, tmp_path):
+    given = {'stem.conv1.weight': np.random.default_rng(0).random((4, 3, 7, 7), np.float32)}
+    (server.folder / 'big.pkl').write_bytes(pickle.dumps(dict(model=given, __author__='x', matching_heuristics=True)))
+    file = zoo.fetch_weights('u2seg-dino-rn50', tmp_path / 'weights')
+    assert file.read_bytes() == (server.folder / 'big.pkl').read_bytes()
+    first, second = server.asked
+    assert first.startswith('/uc?export=download&id=') and 'confirm=t' in second
+    report = load_weights(network(n_things=1, n_stuff=0, width=4), file)
+    assert report.loaded == ['backbone.bottom_up.stem.conv1.weight']
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        '<title>Google Drive - Quota exceeded</title><p>Too many users have viewed this file.</p>',
+        '<title>Sign in</title><form id="download-form" action="https://elsewhere.example/download"></form>',
+        '',
+    ],
+)
+def test_a_page_of_drive_without_the_file_is_one_sentence(server, tmp_path, text):
+    server.text = text or ' '
+    with pytest.raises(ValueError, match='Google Drive does not give the file'):
+        zoo.fetch_weights('u2seg-dino-rn50', tmp_path / 'weights')
+    assert len(server.asked) == 1 and not (tmp_path / 'weights').exists()
+
+
+@pytest.mark.parametrize(
+    'name,message',
+    [
+        ('u2seg_800', "nothing is called 'u2seg_800'; did you mean u2seg-800"),
+        ('stego', 'stego is a labeller, which segments nothing by itself; the models are embedded, u2seg-800'),
+    ],
+)
+def test_other_names_are_answered(name, message, server):
+    with pytest.raises(ValueError, match=message):
+        U2Seg.from_pretrained(name)
+
+
+@pytest.mark.parametrize('n_things,n_stuff', [(800, 27), (300, 27), (1, 0), (80, 0)])
+def test_the_published_sizes(n_things, n_stuff):
+    "ResNet-50 at full width: shapes alone, no memory."
+    for stages in {}, ONE_STAGE:
+        with torch.device('meta'):
+            state = build_model(dict(n_things=n_things, n_stuff=n_stuff) | stages).state_dict()
+        found = checkpoint_config(state)
+        full = dict(depth=50, width=64, fpn_channels=256, fc_dim=1024, mask_dim=256, n_mask_convs=4, fpn_norm='SyncBN')
+        assert found.items() >= (full | stages | dict(n_things=n_things, n_stuff=n_stuff)).items()
+
+
+def test_the_embedded_model_needs_no_network_and_no_dvc(server, tmp_path):
+    try:
+        model = U2Seg.from_pretrained('embedded', device='cpu')
+    except ValueError:
+        pytest.skip('the last run is not published: its weights are in out/train alone')
+    digits = [int(n) for n in re.findall(r'\d+ (?=clusters|stuff)', zoo.WEIGHTS['embedded']['what'])]
+    assert digits == [model.model.config['n_things'], model.model.config['n_stuff']]
+    copy = zoo.locate('embedded')
+    assert zoo.known_as(copy) == 'embedded' and zoo.about(copy) == zoo.about('embedded')
+    assert set(read_json(copy / 'mapping.json')['names'].values()) & set(model.names.values())
+    stages = yaml.safe_load((root / 'dvc.lock').read_text())['stages']
+    assert D.digest(copy / 'model.safetensors') in str(stages['train'])
+    assert server.asked == []
+
+
+def test_readme_and_model_card_show_the_tables(tmp_path):
+    shown = {name: '' for name in zoo.tables()}
+    for name in ('README.md', 'MODEL_CARD.md'):
+        text = (root / name).read_text()
+        (tmp_path / name).write_text(text)
+        zoo.write_tables(tmp_path / name)
+        assert (tmp_path / name).read_text() == text, "python -c 'from u2seg.zoo import write_tables; write_tables()'"
+        for table in shown:
+            shown[table] += name * (f'<!-- /{table} -->' in text)
+    assert shown == dict(weights='README.md', files='MODEL_CARD.md', stages='MODEL_CARD.md')
+
+
+def test_every_row_of_the_table_is_whole():
+    for name, w in zoo.WEIGHTS.items():
+        assert all(w[k] for k in ('kind', 'what', 'licence', 'start', 'images', 'labels', 'file')), name
+        assert name == 'embedded' or sum(k in w for k in ('url', 'drive', 'folder')) == 1, name
+        assert name in zoo.listing()
