@@ -524,12 +524,6 @@ def test_command_line(weights, tmp_path, capsys, monkeypatch):
         + ''.join(f', cuda:{i}' for i in range(torch.cuda.device_count()))
         + '\n'
     )
-    monkeypatch.chdir(tmp_path)
-    assert (
-        main(['predict', 'a.png']) == 1
-        and 'no such file of weights' in (err := capsys.readouterr().err)
-        and err.count('\n') == 1
-    )
 
 
 def test_importing_prediction_imports_nothing_slow():

@@ -1,5 +1,6 @@
 """Weights by name: files of the published form on loopback, and their malicious twins."""
 
+import argparse
 import http.server
 import pickle
 import re
@@ -10,11 +11,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from u2seg import download as D
 from u2seg import zoo
 from u2seg.checkpoints import load_weights
+from u2seg.cli import main
 from u2seg.convert import checkpoint_config
+from u2seg.cut import cut_image, load_backbone
+from u2seg.features import ViTFeatures
 from u2seg.images import read_json
 from u2seg.model import build_model
 from u2seg.predict import U2Seg
@@ -282,3 +287,112 @@ def test_every_row_of_the_table_is_whole():
         assert all(w[k] for k in ('kind', 'what', 'licence', 'start', 'images', 'labels', 'file')), name
         assert name == 'embedded' or sum(k in w for k in ('url', 'drive', 'folder')) == 1, name
         assert name in zoo.listing()
+
+
+def test_the_command_line_lists_fetches_and_says_what_was_meant(server, tmp_path, capsys):
+    as_detectron2_saves(network(n_things=1, n_stuff=0), server.folder / 'cutler_cascade_final.pth')
+    assert main(['download']) == 0 and 'cutler-semi-10' in (said := capsys.readouterr().out) and 'coco-splits' in said
+    assert main(['download', 'cutler']) == 0 and (tmp_path / 'weights' / 'cutler_cascade_final.pth').is_file()
+    assert 'CC BY-NC-SA 4.0' in capsys.readouterr().out
+    assert main(['download', 'cutlr']) == 1 and 'did you mean cutler' in capsys.readouterr().err
+    for argv, meant in ((['predit', 'a.png'], 'predict'), (['predict', 'a.png', '--divice', 'cpu'], '--device')):
+        with pytest.raises(SystemExit):
+            main(argv)
+        assert capsys.readouterr().err.endswith(f'; did you mean {meant}? (u2seg --help)\n')
+
+
+def photo(path, h=300, w=400):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (h, w, 3), dtype=np.uint8)).save(path)
+
+
+def test_predict_says_which_model_speaks_and_warns_of_photographs(server, tmp_path, capsys):
+    photo(tmp_path / 'photo.png')
+    photo(tmp_path / 'small.png', 128, 128)
+    as_detectron2_saves(network(n_things=1, n_stuff=0), server.folder / 'cutler_cascade_final.pth')
+    assert main(['predict', 'photo.png', '--weights', 'cutler', '--device', 'cpu', '--score', '.9']) == 0
+    got = capsys.readouterr()
+    assert got.out.startswith('cutler: CutLER, Cascade') and 'warning' not in got.err
+    if 'model.safetensors' not in str(zoo._published(root)):
+        pytest.skip('no run is published')
+    for name, warned in (('small.png', False), ('photo.png', True)):
+        assert main(['predict', name, '--out', f'out-{name}', '--device', 'cpu']) == 0
+        got = capsys.readouterr()
+        first = got.out.split('\n')[0]
+        assert first.startswith('embedded: ') and '2,400 drawn images' in first and '--weights u2seg-800' in first
+        assert ('photo.png has 400 x 300 pixels; the embedded model has only seen' in got.err) == warned
+
+
+def test_stopping_and_mistakes_are_one_sentence(server, tmp_path, capsys, monkeypatch):
+    photo(tmp_path / 'photo.png')
+    as_detectron2_saves(network(n_things=1, n_stuff=0), server.folder / 'cutler_cascade_final.pth')
+    mistakes = {
+        ('--device', 'cuda:7'): "device 'cuda:7' is not there",
+        ('--device', 'gpu'): "device 'gpu' is not there",
+        ('--score', '7'): 'score must lie in [0, 1], got 7.0',
+        ('--weights', 'dino'): 'dino is a backbone, which segments nothing by itself',
+    }
+    for options, message in mistakes.items():
+        assert main(['predict', 'photo.png', '--weights', 'cutler', *options]) == 1
+        err = capsys.readouterr().err
+        assert message in err and err.startswith('u2seg: ') and err.count('\n') == 1
+        assert not (tmp_path / 'segmented').exists()
+
+    def stopped(self, images):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(U2Seg, '_batch', stopped)
+    assert main(['predict', 'photo.png', '--weights', 'cutler', '--device', 'cpu']) == 130
+    assert capsys.readouterr().err.endswith('u2seg: stopped; the same call goes on from here\n')
+    assert not (tmp_path / 'segmented').exists()
+
+
+def vit_file(path, wrap):
+    torch.manual_seed(0)
+    vit = ViTFeatures(dict(img_size=32, embed_dim=64, depth=2, num_heads=1, patch_size=8)).vit
+    torch.save(wrap(vit.state_dict()), path)
+    return vit
+
+
+def as_dino_trains(state):
+    "The full checkpoint of DINO's main_dino.py: both networks below `module`, with heads."
+    below = {f'module.backbone.{k}': v for k, v in state.items()}
+    head = {'module.head.mlp.0.weight': torch.zeros(8, 64), 'module.head.last_layer.weight_v': torch.zeros(9, 8)}
+    student = {k: v + 1 for k, v in below.items()}
+    return dict(student=student | head, teacher=below | head, epoch=100, args=argparse.Namespace(arch='vit_small'))
+
+
+@pytest.mark.parametrize('wrap', [dict, as_dino_trains])
+def test_maskcut_on_any_image_with_a_file_of_dino(tmp_path, wrap, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    vit = vit_file('dino.pth', wrap)
+    got = load_backbone('dino.pth').vit.state_dict()
+    assert all(torch.equal(v, got[k]) for k, v in vit.state_dict().items())
+    photo('photo.png', 90, 120)
+    options = ['--backbone', 'dino.pth', '--size', '64', '--tau', '.3', '--device', 'cpu']
+    assert main(['maskcut', 'photo.png', *options]) == 0
+    assert capsys.readouterr().out.startswith('1 image, ')
+    coco = read_json('cut/instances.json')
+    masks = cut_image('photo.png', 'dino.pth', size=64, tau=0.3, device='cpu')
+    assert [a['segmentation'] for a in coco['annotations']] == [m['segmentation'] for m in masks]
+    assert all(a['segmentation']['size'] == [90, 120] for a in coco['annotations'])
+    assert Image.open('cut/overlay/photo.png').size == (120, 90)
+
+
+@pytest.mark.parametrize(
+    'backbone,message',
+    [
+        ('none.pth', 'none.pth: no such file'),
+        ('resnet.pth', 'resnet.pth: not one weight fits this model by its name'),
+        ('trap.pth', 'trap.pth: cannot be read as weights'),
+        ('vit_smal_patch8_224.dino', 'neither a file of weights nor a model of timm'),
+    ],
+)
+def test_maskcut_refuses_what_is_no_vit(tmp_path, backbone, message, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    photo('photo.png', 90, 120)
+    torch.save({'layer1.0.conv1.weight': torch.zeros(2, 2, 1, 1)}, 'resnet.pth')
+    torch.save(dict(teacher=Trap(tmp_path / 'sprung')), 'trap.pth')
+    assert main(['maskcut', 'photo.png', '--backbone', backbone]) == 1
+    err = capsys.readouterr().err
+    assert message in err and err.count('\n') == 1
+    assert not (tmp_path / 'sprung').exists() and not (tmp_path / 'cut').exists()
