@@ -26,8 +26,8 @@ from u2seg.boxes import (
 )
 from u2seg.cascade import choose
 from u2seg.checkpoints import load_weights, rename_weights, save_weights
-from u2seg.roialign import Pooler, region_levels
-from u2seg.rpn import grouped_nms, top_proposals
+from u2seg.roialign import _OnGPU, Pooler, region_levels
+from u2seg.rpn import _thin, grouped_nms, nonempty, top_proposals
 from u2seg.model import build_model
 from u2seg.pixels import _paste, combine, mask_to_coco, paste_masks, PastedMasks, results, StuffScores
 from u2seg.weights import read_weights
@@ -297,6 +297,23 @@ def test_grouped_nms_against_loops():
     assert grouped_nms(boxes[:0], scores[:0], group[:0], 0.3).tolist() == []
 
 
+def test_thinning_of_all_images_at_once_equals_one_after_the_other():
+    g = torch.Generator().manual_seed(0)
+    n_levels, sizes, post = [70, 50], [(60, 90), (50, 40)], 30
+    corner = torch.rand(2, 120, 2, generator=g) * 90 - 20  # some boxes lie outside: empty when cut
+    boxes = torch.cat([corner, corner + 5 + torch.rand(2, 120, 2, generator=g) * 25], 2)
+    scores = (torch.rand(2, 120, generator=g) * 40).round()  # many are equal
+    scores = torch.cat([s.sort(1, descending=True)[0] for s in scores.split(n_levels, 1)], 1)
+    level = torch.arange(120) // 70
+    thinned = _thin(boxes, scores, n_levels, sizes, 0.4, post)
+    for b, s, size, got in zip(boxes, scores, sizes, thinned):
+        b = clip_boxes(b, *size)
+        real = nonempty(b)
+        want = b[real[grouped_nms(b[real], s[real], level[real], 0.4)[:post]]]
+        assert 20 < len(real) < 120 and len(want) > 9 and torch.equal(got, want)
+    assert [len(b) for b in _thin(boxes[:, :70] * 0, scores[:, :70], [70], sizes, 0.4, post)] == [0, 0]
+
+
 # ---- RoIAlign
 
 
@@ -330,6 +347,10 @@ def test_region_align_equals_torchvision_forward_and_backward(ratio, threads):
         torch.set_num_threads(before)
     assert torch.allclose(got, want, atol=1e-5)
     for x, y in zip(a, b):
+        assert torch.allclose(x, y, atol=1e-4)
+    on_gpu = _OnGPU.apply(boxes, image, level, [1 / 4, 1 / 8, 1 / 16], 5, ratio, *features)
+    assert torch.allclose(on_gpu, want, atol=1e-5)
+    for x, y in zip(torch.autograd.grad((on_gpu * weight).sum(), features), b):
         assert torch.allclose(x, y, atol=1e-4)
 
 

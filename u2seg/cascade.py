@@ -15,7 +15,7 @@ from torch import nn, Tensor
 
 from .backbone import Conv
 from .boxes import clip_boxes, decode_boxes, encode_boxes, match_regions, random_keys, sample
-from .roialign import Pooler
+from .roialign import members, Pooler
 from .rpn import grouped_nms, nonempty
 
 # %% ../nbs/34_cascade.ipynb #BoxHead
@@ -149,8 +149,7 @@ def mask_targets(targets:list[dict], # {boxes, masks bool [m, H, W]} of each ima
     from torchvision.ops import roi_align                          # a second of import
     out = boxes.new_zeros(len(boxes), size, size)
     start = 0
-    for i, t in enumerate(targets):
-        rows = (image == i).nonzero()[:, 0]
+    for t, rows in zip(targets, members(image, len(targets))):
         rois = torch.cat([(index[rows] - start)[:, None].to(boxes.dtype), boxes[rows]], 1)
         if len(rows):
             masks = roi_align(t['masks'][:, None].to(boxes.dtype), rois, size, 1., 0, aligned=True)[:, 0]

@@ -19,6 +19,7 @@ from .backbone import BLOCKS, Conv, FPN, ResNet
 from .checkpoints import load_weights, save_weights # the names that users look for here
 from .cascade import process_weight, RoIHeads
 from .pixels import results
+from .roialign import widened
 from .rpn import RPN
 
 # %% ../nbs/37_model.ipynb #DEFAULTS
@@ -192,7 +193,7 @@ class PanopticRCNN(nn.Module):
         features, targets = self.backbone(x), targets if self.training else None
         proposals, losses = self.proposal_generator(features, shapes, targets)
         logits = self.sem_seg_head(features) if self.sem_seg_head else None
-        found = self.roi_heads(features, proposals, shapes, targets)
+        found = self.roi_heads(widened(features), proposals, shapes, targets)
         if not self.training: return results(found, logits, shapes, sizes or shapes, self.config)
         if self.sem_seg_head: found |= self.sem_seg_head.loss(logits, padded_sem(targets, x.shape[-2:]))
         return losses | found
