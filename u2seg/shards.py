@@ -71,6 +71,24 @@ def _batch(loaded, work, bar): # entries of a batch
     bar.update(len(loaded))
     return entries
 
+# %% ../nbs/05_shards.ipynb #make
+KEEP_EVERY = 10. # seconds after which an unfinished shard is written
+
+def _make(path, part, stamps, *, load, work, batch_size, retry, pool, bar):
+    "Compute what a shard lacks, and write it."
+    entries = _read_shard(path, stamps)
+    if retry: entries = [_retried(load, item, e) for item, e in zip(part, entries)]
+    todo = [range(len(part))[i:i + batch_size] for i in range(0, len(part), batch_size)]
+    todo = [batch for batch in todo if None in entries[batch.start:batch.stop]]
+    bar.update(len(part) - sum(map(len, todo)))
+    kept = time.monotonic()
+    for batch, loaded in zip(todo, _load_ahead(load, [part[b.start:b.stop] for b in todo], pool)):
+        for i, e in zip(batch, _batch(loaded, work, bar)): entries[i] = dict(e, stamp=stamps[i])
+        if time.monotonic() - kept < KEEP_EVERY: continue
+        write_json(path, entries)
+        kept = time.monotonic()
+    if todo: write_json(path, entries)
+
 # %% ../nbs/05_shards.ipynb #sharded
 def sharded(items:list[dict], # each with a `file_name`
             load:Callable,    # item -> anything; `ValueError` or `OSError` skips the item
@@ -90,23 +108,6 @@ def sharded(items:list[dict], # each with a `file_name`
         make = partial(_make, load=load, work=work, batch_size=batch_size, retry=world == 1, pool=pool, bar=bar)
         for shard in mine: make(*shard)
         return _gather(shards, root, make)
-
-KEEP_EVERY = 10. # seconds after which an unfinished shard is written
-
-def _make(path, part, stamps, *, load, work, batch_size, retry, pool, bar):
-    "Compute what a shard lacks, and write it."
-    entries = _read_shard(path, stamps)
-    if retry: entries = [_retried(load, item, e) for item, e in zip(part, entries)]
-    todo = [range(len(part))[i:i + batch_size] for i in range(0, len(part), batch_size)]
-    todo = [batch for batch in todo if None in entries[batch.start:batch.stop]]
-    bar.update(len(part) - sum(map(len, todo)))
-    kept = time.monotonic()
-    for batch, loaded in zip(todo, _load_ahead(load, [part[b.start:b.stop] for b in todo], pool)):
-        for i, e in zip(batch, _batch(loaded, work, bar)): entries[i] = dict(e, stamp=stamps[i])
-        if time.monotonic() - kept < KEEP_EVERY: continue
-        write_json(path, entries)
-        kept = time.monotonic()
-    if todo: write_json(path, entries)
 
 # %% ../nbs/05_shards.ipynb #gather
 def _shards(folder, items, stamps, size): # [(path, items, stamps)]
