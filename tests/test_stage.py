@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import yaml
 
+from u2seg import cli
 from u2seg import pipeline as P
 from u2seg import shards
 from u2seg import stage as S
@@ -550,3 +551,23 @@ def test_shared_jobs_run_once_and_each_is_alone(tmp_path):
     )
     sorted((tmp_path / 'jobs').rglob('job_*.pickle'))[3].unlink()  # as if killed before it was done
     assert start().communicate(timeout=60)[0] == said[0] and count() == sorted([*range(7), 3])
+
+
+def test_the_seconds_of_a_stage_are_noted_and_printed(repo, monkeypatch, capsys):
+    root = repo()
+    monkeypatch.chdir(root)
+    assert cli.main(['times']) == 1 and 'no stage has run here' in capsys.readouterr().err
+    assert cli.main(['run', 'one']) == 0
+    noted = json.loads((root / 'out' / '.times' / 'one.json').read_text())
+    assert abs(noted['start'] + noted['imports'] + noted['work'] - noted['total']) < 0.3 and noted['work'] >= 0
+    assert cli.main(['times']) == 0
+    head, _, one, together = capsys.readouterr().out.strip().split('\n')
+    assert head == '| stage | start | imports | work | total |' and one.startswith('| one | ')
+    assert together == one.replace('one', 'all')
+    assert sorted(p.name for p in (root / 'out' / 'one').iterdir()) == ['run.ipynb']  # what DVC keeps has no times
+
+
+def test_a_stage_does_not_build_a_grammar_of_urls():
+    "jsonschema would, where the package is installed; a notebook has no such field. Others may import it after us."
+    code = "import sys, u2seg.stage; assert not {'lark', 'rfc3987_syntax'} & {*sys.modules}"
+    subprocess.run([sys.executable, '-c', code], check=True)

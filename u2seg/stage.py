@@ -21,7 +21,9 @@ from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
 
+sys.modules.setdefault('rfc3987_syntax', None)           # jsonschema would build the grammar of URLs, for a second
 import nbformat
+if sys.modules['rfc3987_syntax'] is None: del sys.modules['rfc3987_syntax']
 import psutil
 import yaml
 
@@ -255,7 +257,7 @@ def _become_torchrun(stage, n, root):
     os.execv(sys.executable, [sys.executable, *command])
 
 # %% ../nbs/06_stage.ipynb #run_stage
-def run_stage(stage:str, root:str|Path='.'):
+def run_stage(stage:str, root:str|Path='.')->dict[str, float]: # id of each cell -> its seconds
     "Execute a stage's notebook with its section of `params.yaml`; keep it as `out/<stage>/run.ipynb`."
     source, held = stage_notebook(root, stage), _held()
     nb = nbformat.read(source, 4)
@@ -271,8 +273,11 @@ def run_stage(stage:str, root:str|Path='.'):
     rank, world = _worker()
     ran = scratch/(f'run_{rank}.ipynb' if world > 1 else 'run.ipynb')
     with _environment(held): _execute(stage, source, ran, values | {'root': '.'}, root)
-    if rank == 0: write_atomic(out/'run.ipynb', nbformat.writes(tidy(nbformat.read(ran, 4))).encode())
+    done = nbformat.read(ran, 4)
+    seconds = {c['id']: c.metadata['papermill']['duration'] for c in done.cells if c.cell_type == 'code'}
+    if rank == 0: write_atomic(out/'run.ipynb', nbformat.writes(tidy(done)).encode())
     if world == 1: shutil.rmtree(scratch)                # torchrun's other workers may still read the shards
+    return seconds
 
 # %% ../nbs/06_stage.ipynb #write_metrics
 def _finite(x):
