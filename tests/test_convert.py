@@ -270,7 +270,7 @@ def test_command_line(tmp_path, capsys):
     )
 
 
-def test_voc(tmp_path):
+def test_voc(tmp_path, capsys):
     from u2seg.truth import read_truth
 
     xml = '<annotation><size><width>9</width><height>8</height></size>{}</annotation>'
@@ -279,7 +279,10 @@ def test_voc(tmp_path):
     folder = tmp_path / 'VOC2007'
     (folder / 'Annotations').mkdir(parents=True)
     (folder / 'Annotations' / '000002.xml').write_text(xml.format(thing.format('dog', 0) + thing.format('cat', 1)))
-    assert convert(folder, tmp_path) == dict(images=1, boxes=2, classes=2)
+    assert main(['convert', str(folder), '--out', str(tmp_path / 'nowhere')]) == 0
+    written = tmp_path / 'VOC2007' / 'annotations'
+    assert capsys.readouterr().out == f'{written}: 1 image, 2 boxes, 2 classes\n'
+    assert written.is_dir() and not (tmp_path / 'nowhere').exists()
     truth = read_truth(tmp_path, 'VOC2007/JPEGImages')
     assert truth.instances['boxes_only'] and [
         (a['bbox'], a['iscrowd'], truth.names[a['category_id']]) for a in truth.instances['annotations']

@@ -342,29 +342,3 @@ def test_a_file_without_description_is_refused(tmp_path):
         F.ViTFeatures.from_file(tmp_path / 'a.safetensors')
     with pytest.raises(ValueError, match='only .safetensors'):
         F.ViTFeatures.from_file(tmp_path / 'a.pth')
-
-
-def test_a_process_says_once_where_it_computes_and_why(tmp_path, monkeypatch, capsys):
-    F._say_device.cache_clear()
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    assert F.own_device() == F.own_device() == torch.device('cpu')
-    said = capsys.readouterr().err
-    assert said.startswith('computing on the CPU: ') and said.count('\n') == 1
-    driver = tmp_path / 'version'
-    assert F._why_no_gpu(driver) == 'there is no NVIDIA GPU'
-    driver.write_text('NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  470.82.01  Release Build\n')
-    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
-    assert F._why_no_gpu(driver) == 'CUDA_VISIBLE_DEVICES hides the GPUs'
-    monkeypatch.delenv('CUDA_VISIBLE_DEVICES')
-    monkeypatch.setattr(torch.version, 'cuda', None)
-    assert 'built without CUDA' in F._why_no_gpu(driver)
-    monkeypatch.setattr(torch.version, 'cuda', '13.0')
-    assert 'driver 470.82.01 does not serve CUDA 13.0' in F._why_no_gpu(driver)
-
-
-def test_more_processes_than_gpus_share_them(monkeypatch):
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
-    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
-    for rank, index in (('0', 0), ('1', 1), ('5', 1)):
-        monkeypatch.setenv('LOCAL_RANK', rank)
-        assert F.own_device() == torch.device('cuda', index)

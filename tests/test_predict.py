@@ -18,7 +18,7 @@ from u2seg.masks import decode_rle, read_ids
 from u2seg.model import build_model
 from u2seg.folder import find_images, predict_folder
 from u2seg.names import by_name, Names, write_names
-from u2seg.predict import U2Seg, as_image, free_memory
+from u2seg.predict import Prediction, U2Seg, as_image, free_memory
 
 TINY = dict(
     n_things=3,
@@ -636,3 +636,25 @@ def test_a_photo_of_48_megapixels_fits_into_2_gib(tmp_path):
     with Image.open(tmp_path / 'out' / 'panoptic' / 'photo.png') as ids:
         assert ids.size == (8000, 6000)
     assert int(run.stdout) < 2 * 2**30, f'{int(run.stdout) / 2**30:.2f} GiB'
+
+
+def test_instances_of_a_large_image_are_made_one_at_a_time():
+    "Forty masks of 12 million pixels, 480 MB together."
+    import tracemalloc
+
+    from u2seg.pixels import PastedMasks
+
+    n, h, w = 40, 3000, 4000
+    boxes = torch.tensor([[100.0, 100.0, 900.0, 700.0]]).repeat(n, 1)
+    masks = PastedMasks(torch.ones(n, 28, 28), boxes, h, w).numpy()
+    nothing = np.zeros((1, 1), np.uint8)
+    columns = boxes.numpy(), np.ones(n, np.float32), np.ones(n, np.int64), masks
+    p = Prediction(nothing, *columns, None, nothing, [], {1: 'thing_1'})
+    tracemalloc.start()
+    areas = {int(instance['mask'].sum()) for instance in p.instances}
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(areas) == 1 and 0.99 * 800 * 600 < areas.pop() <= 800 * 600
+    assert peak < 4 * h * w
+    assert len(p.instances) == n and p.instances[-1]['name'] == 'thing_1'
+    assert [i['score'] for i in p.instances[:2]] == [1.0, 1.0]

@@ -14,7 +14,8 @@ import pytest
 import torch
 import yaml
 
-from u2seg.images import encode_rle, instances_json, write_json, write_png
+from u2seg.images import write_json, write_png
+from u2seg.masks import encode_rle, instances_json
 from u2seg.recipes import overlay
 
 root = Path(__file__).parents[1]

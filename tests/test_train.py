@@ -820,3 +820,9 @@ def test_loader_processes_may_open_all_files_that_the_system_allows(data):
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == hard
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_progress_of_one_row_has_no_arrow():
+    row = dict(iteration=7, loss=3.849)
+    assert train.progress([row]) == 'loss 3.85 in 7 iterations'
+    assert train.progress([dict(row, loss=9.0), row]) == 'loss 9.00 -> 3.85 in 7 iterations'

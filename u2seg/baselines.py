@@ -19,7 +19,8 @@ from pycocotools import mask as coco_mask
 
 from .checkpoints import load_weights
 from .cluster import Clusters, label_file
-from .features import own_device, ViTFeatures
+from .device import own_device
+from .features import ViTFeatures
 from .images import read_image
 from .maskcut import label_images
 from .masks import encode_rle

@@ -116,7 +116,7 @@ def convert(path:str, out:str='converted', images:str|None=None, folders:list[st
     "Bring an official checkpoint or annotation file (U2Seg's, CutLER's) into our form; no code of it is run."
     from u2seg.convert import convert, summary
     counts = convert(path, out, images=images, folders=folders, maps=maps)
-    print(f'{out}: {summary(counts)}')
+    print(f'{counts.pop("folder", out)}: {summary(counts)}')
 
 # %% ../nbs/95_cli.ipynb #parser
 def _pipeline_verbs(verb):

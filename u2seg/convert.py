@@ -95,10 +95,10 @@ def convert(path:str|Path, # checkpoint, .json, or a VOC folder
             *, images:str|Path|None=None, # instances: the folder that becomes data.root
             folders:list[str]=('.',),     # below it, as in data.train
             maps:str|Path|None=None,      # panoptic: the folder of the PNGs
-            )->dict: # counts
+            )->dict: # counts; `folder` that was written
     "Convert a checkpoint (see `u2seg.weights`), an annotation file (with `maps`, panoptic), or a VOC folder."
     path = Path(path)
-    if (path/'Annotations').is_dir(): return convert_voc(path)
+    if (path/'Annotations').is_dir(): return dict(convert_voc(path), folder=path/'annotations')
     if path.is_dir():
         raise ValueError(f'{path}: a folder to convert is one of VOC, with Annotations and JPEGImages in it')
     if not path.is_file(): raise ValueError(f'{path}: no such file')

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .features import own_device
+from .device import own_device
 from .shards import sharded
 
 # %% ../nbs/53_correspondence.ipynb #correspondence

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 # %% ../nbs/94_download.ipynb #SOURCES
 _COCO = 'http://images.cocodataset.org'
 _VOC = 'http://host.robots.ox.ac.uk/pascal/VOC/voc2007'
+_STUFF = 'http://calvin.inf.ed.ac.uk/wp-content/uploads/data/cocostuffdataset'
 _CUTLER = 'http://dl.fbaipublicfiles.com/cutler'
 _NON_COMMERCIAL = 'CutLER: CC BY-NC-SA 4.0 (not for commercial use)'
 
@@ -39,6 +40,8 @@ SOURCES = { # name -> folder, licence, files [(url, md5 or None)]
                     (f'{_COCO}/annotations/annotations_trainval2017.zip', 'f4bbac642086de4f52a3fdda2de5fa2c'),
                     (f'{_COCO}/annotations/panoptic_annotations_trainval2017.zip', None)),
     'coco-splits': _source('data/coco', _NON_COMMERCIAL, (f'{_CUTLER}/coco-smi/annotations.zip', None)),
+    'coco-stuff': _source('data/coco/stuffthingmaps', 'COCO-Stuff maps: CC BY 4.0',
+                          (f'{_STUFF}/stuffthingmaps_trainval2017.zip', None)),
     'voc': _source('data/voc', 'PASCAL VOC 2007: images under the terms of Flickr, each its own',
                    (f'{_VOC}/VOCtrainval_06-Nov-2007.tar', 'c52e279531787c972589f7e41ab4ae64'),
                    (f'{_VOC}/VOCtest_06-Nov-2007.tar', 'b6e924de25625d8de591ea690078ad9f')),

@@ -4,17 +4,13 @@
 
 # %% auto #0
 __all__ = ['dino_positions', 'build_vit', 'patch_size', 'embed', 'last_keys', 'last_class', 'forward_features', 'ViTFeatures',
-           'one_by_one', 'own_device', 'weights_digest', 'write_backbone', 'from_file']
+           'one_by_one', 'weights_digest', 'write_backbone', 'from_file']
 
 # %% ../nbs/11_features.ipynb #imports
 import hashlib
 import json
-import multiprocessing
-import os
-import re
-import sys
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -179,29 +175,6 @@ def one_by_one(f:Callable,   # [b, ...] -> [b, ...]
                )->Tensor:    # what `f` gives for each entry alone
     "Apply `f` to a batch: at once on a GPU, to each entry by itself on a CPU."
     return f(x) if x.is_cuda else torch.cat([f(v) for v in x.split(1)])
-
-# %% ../nbs/11_features.ipynb #device_line
-def _why_no_gpu(driver:Path=Path('/proc/driver/nvidia/version'))->str:
-    if not driver.exists(): return 'there is no NVIDIA GPU'
-    if os.environ.get('CUDA_VISIBLE_DEVICES') in ('', '-1'): return 'CUDA_VISIBLE_DEVICES hides the GPUs'
-    if torch.version.cuda is None: return f'torch {torch.__version__} is built without CUDA'
-    version = re.search(r'Kernel Module.*?(\d+[.\d]+)', driver.read_text())
-    return (f'the NVIDIA driver {version[1] if version else ""} does not serve CUDA {torch.version.cuda} of this '
-            'torch: bring the driver up to date, or install torch for an older CUDA')
-
-@cache
-def _say_device(text):
-    if multiprocessing.parent_process() is None: print(text, file=sys.stderr)    # not once more in each helper
-
-# %% ../nbs/11_features.ipynb #own_device
-def own_device()->torch.device:
-    "This process's GPU (torchrun's LOCAL_RANK; more processes than GPUs share them), or the CPU where there is none."
-    if not torch.cuda.is_available():
-        _say_device(f'computing on the CPU: {_why_no_gpu()}')
-        return torch.device('cpu')
-    device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count())
-    _say_device(f'computing on {device}')
-    return device
 
 # %% ../nbs/11_features.ipynb #weights_digest
 def weights_digest(model:nn.Module)->str:

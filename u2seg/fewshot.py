@@ -21,7 +21,7 @@ from .baselines import predict_methods
 from .batches import Batches, Cache
 from .checkpoints import load_weights
 from .evaluate import Mapping, score
-from .features import own_device
+from .device import own_device
 from .images import read_image, read_json, write_json
 from .matching import file_hash
 from .model import build_model

@@ -18,7 +18,8 @@ from PIL import Image
 from .cluster import Clusters, CUT
 from .coco import read_instances
 from .crops import crop_instances, embed_crops, embed_file, window
-from .features import ViTFeatures, own_device, weights_digest
+from .device import own_device
+from .features import ViTFeatures, weights_digest
 from .images import read_image, read_json
 from .journal import carry, Journal, LOG
 from .kmeans import kmeans

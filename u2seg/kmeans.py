@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .features import own_device
+from .device import own_device
 
 # %% ../nbs/50_kmeans.ipynb #blocks
 METRICS = 'euclidean', 'cosine'

@@ -1,0 +1,305 @@
+"""Every path of a GPU, run without one (tests/pretended.py): no operator meets tensors of two devices.
+
+Left out: k-means' and the neighbours' faiss, which stay on the CPU; loading of files; `engine` and `detectron`, which
+hand over to detectron2; DistributedDataParallel, which asks the driver; numba's kernels, which a GPU does not use.
+"""
+
+import contextlib
+import copy
+import importlib
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from pretended import CUDA, Gpu, MixedDevices, gpu, on
+from u2seg import augment, correspondence, crf, crops, kmeans, labeller, maskcut, ncut, pretrain, semantic, stego
+from u2seg.checkpoints import save_weights
+from u2seg.features import ViTFeatures, weights_digest
+from u2seg.images import write_png
+from u2seg.model import build_model
+from u2seg.optim import clip_gradients
+
+VIT = dict(img_size=64, embed_dim=24, depth=2, num_heads=3, patch_size=8)
+NETWORK = dict(
+    n_things=6,
+    n_stuff=4,
+    depth=18,
+    width=8,
+    n_blocks=[1, 1, 1, 1],
+    fpn_channels=16,
+    fc_dim=32,
+    mask_dim=16,
+    sem_dim=16,
+    n_mask_convs=2,
+    rpn_pre_train=100,
+    rpn_post_train=60,
+    rpn_pre_test=60,
+    rpn_post_test=40,
+    roi_batch=32,
+    panoptic_area=64,
+    min_size=96,
+    max_size=128,
+    score_threshold=0.03,
+    panoptic_score=0.03,
+)
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def picture(h=64, w=64, seed=0):
+    "A bright square on a dark ground, with noise."
+    image = np.random.default_rng(seed).integers(0, 60, (h, w, 3), dtype=np.uint8)
+    image[h // 4 : h // 2, w // 4 : w // 2] += 150
+    return image
+
+
+def values(x):
+    return x.elem if isinstance(x, Gpu) else x
+
+
+def keys(n, grid, d=24):
+    g = rng(3)
+    coarse = F.interpolate(torch.randn(n, d, 4, 4, generator=g), (grid, grid), mode='bicubic')
+    return coarse + 0.3 * torch.randn(n, d, grid, grid, generator=g)
+
+
+# ---------------------------------------------------------------- what is run
+
+
+def run_features():
+    for stem in (None, [8, 8, 8]):
+        for dtype in (torch.float32, torch.bfloat16):
+            for interpolation in ('timm', 'dino'):
+                torch.manual_seed(0)
+                vit = ViTFeatures(dict(VIT, stem_channels=stem), dtype=dtype, interpolation=interpolation)
+                x = torch.randn(2, 3, 96, 64, generator=rng())
+                want, digest = vit(x), weights_digest(vit)
+                got = on(vit)(on(x))
+                assert all(t.is_cuda and t.dtype == torch.float32 for t in got.values())
+                assert all(torch.allclose(values(got[k]), want[k], atol=1e-5) for k in want)
+                assert weights_digest(vit) == digest
+
+
+def run_ncut():
+    k = keys(3, 8).flatten(2)
+    x = ncut.second_eigenvector(on(k), tau=0.15)
+    assert torch.allclose(values(x), ncut.second_eigenvector(k, tau=0.15), atol=1e-4)
+    gap = ncut.spectral_gap(on(k), tau=0.15)
+    assert torch.allclose(values(gap), ncut.spectral_gap(k, tau=0.15), atol=1e-4)
+
+
+def run_maskcut():
+    k = keys(3, 8)
+    got = maskcut.maskcut_batch(on(k), tau=0.15, n_masks=2)
+    want = maskcut.maskcut_batch(k, tau=0.15, n_masks=2)
+    assert all(m.is_cuda and torch.equal(values(m), w) for m, w in zip(got, want))
+    assert maskcut.maskcut(on(k[0]), tau=0.15, n_masks=2).is_cuda
+    assert len(maskcut.refine(picture(), got[0], crf=True)[0]) == len(got[0])
+    vit = on(ViTFeatures(VIT))
+    options = dict(size=64, feature='keys', tau=0.15, n_masks=2, crf=True, min_agreement=0.0)
+    assert isinstance(maskcut.label_image(picture(), vit, **options), list)
+
+
+def run_crf():
+    image, prob = picture(24, 24), torch.rand(3, 24, 24, generator=rng()).softmax(0)
+    got, want = crf.dense_crf(image, on(prob), **crf.STEGO), crf.dense_crf(image, prob, **crf.STEGO)
+    assert got.is_cuda and torch.allclose(values(got), want, atol=2e-3)
+    binary = crf.binary_crf(image, on(prob), **crf.MASKCUT)
+    assert binary.is_cuda
+    masks = prob > 0.4
+    assert crf.refine_masks(on(torch.from_numpy(image)), on(masks)).is_cuda
+    assert crf.refine_mask(on(torch.from_numpy(image)), on(masks[0])).is_cuda
+
+
+def run_kmeans():
+    x = torch.randn(60, 5, generator=rng()).numpy()
+    for metric in kmeans.METRICS:
+        centroids, labels = kmeans.kmeans(x, 4, seed=0, init='k-means++', metric=metric)
+        assert (kmeans.assign(x, centroids, metric=metric) == labels).all()
+    assert kmeans.spherical_kmeans(on(torch.from_numpy(x)), 3, seed=0, n_init=1, max_points=50).shape == (3, 5)
+
+
+def run_correspondence():
+    x = F.normalize(torch.randn(30, 5, generator=rng()), dim=1)
+    near = correspondence.nearest_images(on(x), 4)
+    cosine = (x @ x.T).fill_diagonal_(-2)
+    assert torch.equal(near, cosine.topk(4).indices)
+    feat, code = on(torch.randn(4, 6, 5, 5, generator=rng())), on(torch.randn(4, 3, 5, 5, generator=rng()))
+    code.requires_grad_()
+    shifts = dict(w_self=0.1, w_knn=1.0, w_rand=0.1, b_self=0.1, b_knn=0.2, b_rand=1.0)
+    options = dict(shifts, n_points=3, n_random=2, pointwise=True, generator=rng())
+    correspondence.stego_loss(feat, code, feat, code, **options)['loss'].backward()
+    assert code.grad.is_cuda
+
+
+def run_labeller(folder):
+    vit = on(ViTFeatures(VIT))
+    files = [dict(id=i + 1, file_name=f'{i}.png') for i in range(4)]
+    for i in range(4):
+        write_png(folder / f'{i}.png', picture(48, 64, seed=i))
+    extract = labeller.extractor(vit, 'block0')
+    source = labeller.PatchFeatures(extract, folder, files, size=32, device=CUDA)
+    pooled, _ = labeller.pool_features(source, folder=folder / 'work', key={})
+    near = correspondence.nearest_images(pooled, 2)
+    kept = labeller.keep_features(source, max_gb=1)
+    assert kept.is_cuda and not pooled.is_cuda
+    common = dict(n_classes=3, code_dim=4, seed=0)
+    loss = dict(w_self=0.6, w_knn=0.2, w_rand=0.6, b_self=0.7, b_knn=0.6, b_rand=0.7, n_points=3, n_random=2)
+    train = dict(loss, pointwise=True, dropout=0.1, n_iters=2, batch_size=2, lr=0.01, lr_probe=0.01)
+    made = stego.fit_stego(kept, near, folder=folder / 'stego', **common, **train)
+    made = stego.refit_probe(made, kept, seed=0)
+    plain = stego.fit_kmeans(kept, smooth=3, **common)
+    labels = torch.randint(0, 3, (4, 32, 32), generator=rng())
+    stego.linear_probe(made, kept, labels, n_classes=3, seed=0, n_iters=2, batch_size=2)
+    options = dict(size=32, patch_size=8, alpha=2.0, flip=True)
+    for model in (made, plain):
+        assert model.clusters.is_cuda
+        maps = semantic.segment(model, extract, [picture(20, 24), picture(24, 20)], crf=crf.STEGO, **options)
+        assert [m.shape for m in maps] == [(20, 24), (24, 20)]
+        labeller.save_labeller(folder / 'l.safetensors', model, {})
+        assert labeller.load_labeller(folder / 'l.safetensors', CUDA)[0].clusters.is_cuda
+    out = dict(crf=None, work_folder=folder / 'maps', key={}, **options)
+    records, _ = semantic.write_semantic(made, extract, folder, files, folder / 'semantic', **out)
+    assert len(records) == 4
+
+
+def run_crops():
+    vit = on(ViTFeatures(VIT))
+    cut = np.stack([picture(32, 32, seed=i) for i in range(3)])
+    covers = np.full((3, 32, 32), 255, np.uint8)
+    for kind in crops.EMBEDDINGS:
+        assert crops.embed_crops(vit, cut, covers, embedding=kind, batch_size=2).shape == (3, 24)
+
+
+def run_pretrain(folder):
+    images = np.stack([picture(32, 32, seed=i) for i in range(8)])
+    options = dict(n_composed=2, composed_size=32, n_patches=4, n_plain=4, image_size=16, patch_weight=1.0)
+    options |= dict(image_weight=1.0, patch_temperature=0.2, image_temperature=0.2, lr=0.001, weight_decay=0.05)
+    options |= dict(warmup_iters=1, ema_decay=0.9, bf16=True, seed=0)
+    vit, log = pretrain.fit(images, folder, model=dict(VIT, img_size=32), n_iters=2, device=CUDA, **options)
+    assert next(vit.parameters()).is_cuda and np.isfinite(log[-1]['patch_loss'])
+
+
+def targets_of(n, h, w, n_labels=3):
+    targets = []
+    for i in range(n):
+        masks = torch.zeros(n_labels, h, w, dtype=torch.bool)
+        for j in range(n_labels):
+            masks[j, 8 * j : 8 * j + 30, 6 * i : 6 * i + 40] = True
+        boxes = augment.masks_to_boxes(masks) if n_labels else torch.zeros(0, 4)
+        sem = torch.randint(0, 5, (h, w), generator=rng(i))
+        labels = torch.randint(0, 6, (n_labels,), generator=rng(i))
+        targets.append(dict(boxes=boxes, labels=labels, masks=masks, sem=sem, seed=i + 1))
+    return targets
+
+
+def to_gpu(targets):
+    return [{k: v if k == 'seed' else on(v) for k, v in t.items()} for t in targets]
+
+
+def step(model, amp=None, n=2, n_labels=3):
+    "One step of training on the GPU; the losses."
+    images = [torch.randint(0, 256, (3, 96, 128), generator=rng(i)).float() for i in range(n)]
+    targets = targets_of(n, 96, 128, n_labels)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
+    with torch.autocast('cuda', amp, enabled=amp is not None):
+        losses = model(on(images), to_gpu(targets))
+    sum(losses.values()).backward()
+    clip_gradients(parameters, clip_type='parameter', clip_value=1.0)
+    optimizer.step()
+    assert all(p.grad is None or p.grad.is_cuda for p in parameters)
+    return {k: float(v) for k, v in losses.items()}
+
+
+VARIANTS = [
+    dict(),
+    dict(stem_pool=False, stem_kernel=5, fpn_first=3, anchor_sizes=[16, 32, 56, 84], decode='objectness', norm='BN'),
+    dict(norm='FrozenBN', fpn_norm='', sampling_ratio=2, sem_loss_stride=2),
+    dict(norm='GN', fpn_norm='GN', droploss=0.0),
+]
+
+
+def run_training():
+    for variant, amp in zip(VARIANTS, (None, torch.bfloat16, torch.float16, None)):
+        torch.manual_seed(0)
+        losses = step(on(build_model(NETWORK | variant)).train(), amp)
+        assert all(np.isfinite(v) for v in losses.values()), losses
+    model = on(build_model(NETWORK)).train()
+    step(model, n_labels=0)
+    sum(model([], []).values()).backward()
+
+
+def confident(config):
+    "Random weights that find something."
+    torch.manual_seed(0)
+    model = build_model(config)
+    with torch.no_grad():
+        for p in model.roi_heads.box_predictor:
+            p.cls_score.weight.mul_(60)
+        model.proposal_generator.rpn_head.objectness_logits.weight.mul_(30)
+    return model.eval()
+
+
+def run_inference():
+    images = [torch.randint(0, 256, (3, 96, 128), generator=rng(i), dtype=torch.uint8) for i in range(2)]
+    for variant in (dict(), dict(decode='objectness', n_stuff=0)):
+        model = on(confident(NETWORK | variant))
+        for amp in (None, torch.bfloat16):
+            with torch.no_grad(), torch.autocast('cuda', amp, enabled=amp is not None):
+                found = model(on(images), sizes=[(60, 90), (96, 128)])
+            assert all(r['boxes'].is_cuda and r['masks'].is_cuda and len(r['boxes']) for r in found)
+
+
+def run_predict(folder):
+    from u2seg.predict import U2Seg
+
+    save_weights(confident(NETWORK), folder / 'model.safetensors')
+    model = U2Seg.from_pretrained(folder, device='cuda')
+    for p in model.predict([picture(60, 90), picture(96, 128)]):
+        assert isinstance(p.ids, np.ndarray) and len(p.instances) == len(p.boxes) > 0
+        assert p.overlay().shape == p.image.shape and p.to_coco()['annotations']
+
+
+def run_detect(folder):
+    from u2seg.selftrain import detect
+
+    write_png(folder / '0.png', picture(60, 90))
+    model = on(confident(NETWORK | dict(n_things=1, n_stuff=0, decode='objectness')))
+    options = dict(score_threshold=0.05, n_max=10, batch_size=1, short=96, max_size=128)
+    _, found, _ = detect(model, folder, [dict(id=1, file_name='0.png')], folder=folder / 'work', **options)
+    assert found and all(isinstance(a['score'], float) for a in found)
+
+
+def run_augment():
+    image, target = torch.from_numpy(picture(96, 128)).permute(2, 0, 1), targets_of(1, 96, 128)[0]
+    target.pop('seed')
+    here = on(image), {k: on(v) for k, v in target.items()}
+    options = dict(short_sides=[64], max_size=96, flip=1.0, colour_jitter=(0.3, 0.3, 0.3, 0.1))
+    want = augment.view(image, target, rng=np.random.default_rng(0), **options)
+    got = augment.view(*here, rng=np.random.default_rng(0), **options)
+    assert got[0].is_cuda and torch.equal(values(got[1]['masks']), want[1]['masks'])
+    pasted = dict(paste_scale=(0.5, 1.0), max_cover=0.9)
+    for put in (augment.copy_paste, augment.semantic_copy_paste):
+        assert put(*here, *here, rng=np.random.default_rng(0), **pasted)[0].is_cuda
+
+
+RUNS = {name[4:]: f for name, f in list(globals().items()) if name.startswith('run_')}
+
+
+def run(name, tmp_path):
+    f = RUNS[name]
+    with torch.random.fork_rng(devices=[]):
+        f(tmp_path) if f.__code__.co_argcount else f()
+
+
+@pytest.mark.parametrize('name', RUNS)
+def test_on_the_gpu(name, tmp_path):
+    with gpu():
+        run(name, tmp_path)
