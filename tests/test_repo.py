@@ -92,6 +92,20 @@ def test_the_limits_are_measured(tmp_path):
     )
     assert faults(cell('x', outputs=[dict(text='x' * 400_000)])) == {'outputs'}
     assert faults(cell('grid([x])')) == {'picture'} and faults(cell('grid([x])', outputs=[picture])) == set()
+    for draws in (
+        'grid([x]);',
+        'show.grid([x])',
+        'save_figure(fig, path); fig',
+        "figs['a']",
+        'view.overview()',
+        'plt.plot(x)',
+        'display(class_figure(x)) if rows else None',
+        'Image(data)',
+        'x = 1\nvotes_figure(x)',
+    ):
+        assert faults(cell(draws)) == {'picture'}, draws
+    for draws_not in ('save_figure(fig, path)', 'x = grid([x])', 'len(figures)', '%matplotlib inline'):
+        assert faults(cell(draws_not)) == set(), draws_not
     assert faults(cell('def f(): pass'), name='20_run_x.ipynb') == {'def'}
     assert faults(*[demo] * 13, name='20_run_x.ipynb') == {'stage cells'}
     assert faults(demo, cell('see MET' + 'HOD, section 1', 'markdown')) == {'words'}
