@@ -117,6 +117,18 @@ def test_the_contents_name_every_notebook():
     assert [b for _, b in named] == [p.stem for p in notebooks][1:] and all(a == b for a, b in named)
 
 
+def test_prose_names_notebooks_that_exist():
+    "A notebook is named in full, as `44_train` or by a link: a bare number is wrong after the next renumbering."
+    stems = {p.stem for p in notebooks}
+    for path in notebooks:
+        for cell in nbformat.read(path, 4).cells:
+            if cell.cell_type != 'markdown':
+                continue
+            named = re.findall(r'`(\d\d_[a-z_]+)`|\]\((\d\d_\w+)\.ipynb', cell.source)
+            assert {a or b for a, b in named} <= stems, (path.name, cell['id'])
+            assert not re.search(r'[Nn]otebooks? \d\d\b', cell.source), (path.name, cell['id'])
+
+
 def test_readme_is_short():
     "The tables apart, which grow with the methods, the claims and the weights."
     text = re.sub(r'<!-- (results|weights) -->.*<!-- /\1 -->', '', (root / 'README.md').read_text(), flags=re.S)

@@ -64,10 +64,8 @@ def write_log(path:str|Path, rows:list[dict]):
 def _board(folder, first):
     "TensorBoard's writer, if it is installed and this is the first process."
     try: from torch.utils.tensorboard import SummaryWriter
-    except ImportError: SummaryWriter = None
-    writer = SummaryWriter(str(folder/'tensorboard')) if SummaryWriter and first else None
-    try: yield writer
-    finally: writer and writer.close()
+    except ImportError: first = False
+    with SummaryWriter(str(folder/'tensorboard')) if first else nullcontext() as writer: yield writer
 
 # %% ../nbs/44_train.ipynb #Run
 class _Run:
