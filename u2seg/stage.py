@@ -149,7 +149,8 @@ def check_stages(root:str|Path='.')->list[str]: # all stages
     "Compare `params.yaml` with every stage's notebook before any work; `ValueError` on the first fault."
     params, names = load_params(root), stages(root)
     if unknown := params.keys() - {*names, *SHARED, 'data'}:
-        raise ValueError(f'params.yaml: unknown section {min(map(_name, unknown))!r}; the stages are {", ".join(names)}')
+        first = min(map(_name, unknown))
+        raise ValueError(f'params.yaml: unknown section {first!r}; the stages are {", ".join(names)}')
     for stage in names:
         nb = nbformat.read(stage_notebook(root, stage), 4)
         run_check(stage, nb, stage_values(stage, params, declared(nb)) | {'root': str(root)})
