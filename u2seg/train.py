@@ -123,8 +123,8 @@ class _Slice(Dataset):
 
 def _loader(slices, start, n_iters, n_workers):
     if n_workers: _allow_open_files()
-    threads = dict(worker_init_fn=_one_thread) if n_workers else {}
-    return DataLoader(slices, batch_size=None, sampler=range(start, n_iters), num_workers=n_workers, **threads)
+    options = dict(worker_init_fn=_one_thread if n_workers else None, pin_memory=torch.cuda.is_available())
+    return DataLoader(slices, batch_size=None, sampler=range(start, n_iters), num_workers=n_workers, **options)
 
 def _one_thread(worker): torch.set_num_threads(1)
 
