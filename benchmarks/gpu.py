@@ -12,6 +12,7 @@ takes too long loses itself alone.
 import argparse, contextlib, functools, gzip, importlib, json, multiprocessing
 import os, signal, statistics, subprocess, sys, tempfile
 import time, traceback, warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 os.environ |= dict(PYTORCH_NVML_BASED_CUDA_CHECK='1', TQDM_DISABLE='1')  # to look for a GPU must not forbid to fork
@@ -210,7 +211,7 @@ def crf_reference():
 
 @part(60, crf_reference)
 def crf(want):
-    "The dense CRF of MaskCut by torch operations, beside the compiled loops."
+    "The dense CRF of MaskCut by torch operations, beside the compiled loops that the stage uses, an image a thread."
     from u2seg import lattice as L
     from u2seg.crf import refine_masks
 
@@ -227,6 +228,13 @@ def crf(want):
     yield 'entries of the fullest', int(entries.max())
     yield 'whole, ms an image', statistics.mean(ms(lambda: refine(x), 3) for x in images)
     yield 'lattice', ms(lambda: L.lattice(images[0], sxy=50.0, srgb=5.0, compiled=False), 3)
+    compiled = functools.partial(refine_masks, images[0].cpu(), masks.cpu())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with ThreadPoolExecutor(threads) as pool:
+        many = lambda: list(pool.map(lambda _: compiled(), range(2 * threads)))
+        yield f'compiled loops, {threads} threads, ms an image', ms(many, 3) / (2 * threads)
+    torch.set_num_threads(threads)
     yield 'splat', ms(lambda: splat(x))
     yield 'splat, blur and slice', ms(lambda: add(x, 1, torch.zeros_like(x)))
 
@@ -279,20 +287,32 @@ def scene(n, h, w, n_things, n_stuff, n_labels=6):
     return images, targets
 
 
-def losses_and_gradients(norm, where):
+def losses_and_gradients(norm, where, proposals=None):
+    """Losses, gradients and proposals; with the CPU's `proposals`, since two of nearly one score change places under
+    rounding, and a loss that counts regions then jumps by a whole one."""
+    from u2seg import rpn
     from u2seg.model import build_model
     from u2seg.train import _to
 
+    found, top = [], rpn.top_proposals
+
+    def take(*arguments, **options):
+        found.extend(x.cpu() for x in top(*arguments, **options))
+        return [x.to(where) for x in proposals or found]
+
+    rpn.top_proposals = take
     torch.manual_seed(0)
     fpn_norm = '' if norm == 'FrozenBN' else norm
     net = build_model(dict(SMALL_NET, norm=norm, fpn_norm=fpn_norm, droploss=0.01)).to(where).train()
     losses = net(*_to(torch.device(where), *scene(4, 128, 160, 24, 12)))
+    rpn.top_proposals = top
     sum(losses.values()).backward()
     gradient = {n.split('.')[0]: 0.0 for n, _ in net.named_parameters()}
     for name, p in net.named_parameters():
         if p.grad is not None:
             gradient[name.split('.')[0]] += float(p.grad.double().square().sum())
-    return {k: v.item() for k, v in losses.items()} | {f'gradient of {k}': v**0.5 for k, v in gradient.items()}
+    gradient = {f'gradient of {k}': v**0.5 for k, v in gradient.items()}
+    return {k: v.item() for k, v in losses.items()} | gradient, found
 
 
 def losses_reference():
@@ -302,11 +322,15 @@ def losses_reference():
 
 @part(45, losses_reference)
 def losses(want):
-    "Losses and gradients of a training step, with the draws of the CPU; largest relative difference."
+    "Losses and gradients of a training step, with draws and proposals of the CPU; largest relative difference."
+    from u2seg.boxes import box_iou
+
     same_draws()
     with exact_convolutions():
-        for norm, values in want.items():
-            found = losses_and_gradients(norm, device())
+        for norm, (values, proposals) in want.items():
+            found, own = losses_and_gradients(norm, device(), proposals)
+            near = [float((box_iou(p, o).amax(1) > 0.99).float().mean()) for p, o in zip(proposals, own)]
+            yield f'{norm}, proposals of the CPU that are found', statistics.mean(near), '>', 0.98
             differences = {k: abs(found[k] - v) / max(abs(v), 1e-6) for k, v in values.items()}
             worst = max(differences, key=differences.get)
             yield f'{norm}, largest at {worst}', differences[worst], '<', 2e-3
@@ -449,7 +473,7 @@ def whole():
     from u2seg.maskcut import label_images
 
     files = photos()
-    items = [dict(id=i + 1, file_name=files[i % len(files)].name) for i in range(S['n'] * (1 if S['tiny'] else 4))]
+    items = [dict(id=i + 1, file_name=files[i % len(files)].name) for i in range(S['n'] * (1 if S['tiny'] else 8))]
     options = dict(size=S['px'], feature='keys', tau=0.15, n_masks=3, crf=True, min_agreement=0.0, desc='')
     for dtype in torch.bfloat16, torch.float32:
         net = random_vit(dtype).to(device())
