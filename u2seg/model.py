@@ -152,13 +152,13 @@ def _proposals(c, strides):
                pre=(c['rpn_pre_train'], c['rpn_pre_test']), post=(c['rpn_post_train'], c['rpn_post_test']),
                nms_iou=c['rpn_nms'])
 
-def _cascade(c, levels):
+def _cascade(c):
     pooling = {k: c[k] for k in ('sampling_ratio', 'canonical_size', 'canonical_level')}
     decoding = dict(decode=c['decode'], threshold=c['score_threshold'], nms_iou=c['nms'], n_max=c['max_detections'])
     sizes = {k: c[k] for k in ('n_things', 'box_pool', 'fc_dim', 'mask_pool', 'mask_dim', 'n_mask_convs')}
-    return RoIHeads(c['fpn_channels'], levels, ious=c['cascade_ious'], weights=c['cascade_weights'],
-                    sampling=dict(batch=c['roi_batch'], positive=c['roi_positive']), pooling=pooling,
-                    decoding=decoding, droploss=c['droploss'], **sizes)
+    sampling = dict(batch=c['roi_batch'], positive=c['roi_positive'])
+    return dict(ious=c['cascade_ious'], weights=c['cascade_weights'], sampling=sampling, pooling=pooling,
+                decoding=decoding, **sizes)
 
 def _stuff(c, levels):
     if not c['n_stuff']: return None
@@ -175,7 +175,8 @@ class PanopticRCNN(nn.Module):
         self.config = config
         self.backbone = _backbone(config)
         self.proposal_generator = _proposals(config, self.backbone.strides)
-        self.roi_heads = _cascade(config, self.backbone.levels)
+        self.roi_heads = RoIHeads(config['fpn_channels'], self.backbone.levels, droploss=config['droploss'],
+                                  **_cascade(config))
         self.sem_seg_head = _stuff(config, self.backbone.levels)
         self.register_buffer('pixel_mean', torch.tensor(MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer('pixel_std', torch.tensor(STD).view(3, 1, 1), persistent=False)
