@@ -1,8 +1,8 @@
-"""Long runs under accidents: killed at random moments, and fed with files that are no pictures.
+"""Long runs under accidents: killed at random moments, and fed with files that are no images.
 
     python benchmarks/faults.py [--images 200] [--kills 10] [--out benchmarks/results/faults.md]
 
-`label_images` (ViT, MaskCut, dense CRF, RLE) runs over drawn pictures with a dozen bad or strange files among them,
+`label_images` (ViT, MaskCut, dense CRF, RLE) runs over drawn images with a dozen bad or strange files among them,
 once from beginning to end, and once killed (SIGKILL) at random moments and started again each time; the COCO file and
 every shard are compared byte by byte. Then the same run is shared by three processes as torchrun would start them.
 The table says what became of each strange file.
@@ -55,7 +55,7 @@ def strange(folder):
 
 
 def worker(folder, to):
-    "Label all pictures of `folder`; the result is to/instances.json."
+    "Label all images of `folder`; the result is to/instances.json."
     import torch
     from u2seg.features import ViTFeatures
     from u2seg.images import list_images, write_json

@@ -1,4 +1,4 @@
-"""Inference and training step of our engine beside detectron2's: equal weights, equal pictures, alternating, medians.
+"""Inference and training step of our engine beside detectron2's: equal weights, equal images, alternating, medians.
 
 python benchmarks/model.py                          # the embedded student alone: images and iterations a second
 python benchmarks/model.py --detectron2             # R50, k = 800, against detectron2 (it must be importable)

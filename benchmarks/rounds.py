@@ -3,8 +3,8 @@ trained on as long with the labels it had.
 
     python benchmarks/rounds.py --labels out/maskcut/instances.json --folder /tmp/rounds --write
 
-Trained as stage `cutler` says in params.yaml; scored without classes on pictures drawn from another seed (`--dev`
-names a folder that holds such pictures already). Killed, it goes on.
+Trained as stage `cutler` says in params.yaml; scored without classes on images drawn from another seed (`--dev`
+names a folder that holds such images already). Killed, it goes on.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from u2seg.stage import read_yaml
 
 
 def scores(net, root, shares, folder) -> dict:  # share -> AP50 ..., of boxes and masks
-    "Class-agnostic scores on pictures with ground truth."
+    "Class-agnostic scores on images with ground truth."
     out, c = {}, net.config
     for share in shares:
         path = Path(folder) / f'{share.replace("/", "_")}.json'

@@ -61,7 +61,7 @@ def scores(votes):
 
 
 def read_truth(folder, share, split='val'):
-    "Pictures and class maps (1 ... n, 0 = void) of one share."
+    "Images and class maps (1 ... n, 0 = void) of one split."
     coco = read_json(folder / share / 'annotations' / f'panoptic_{split}.json')
     ids = {c['id']: i for i, c in enumerate(sorted(coco['categories'], key=lambda c: c['id']), 1)}
     names = {im['id']: im['file_name'] for im in coco['images']}
@@ -74,7 +74,7 @@ def read_truth(folder, share, split='val'):
 
 
 class Truth:
-    "The labelled pictures, their features (once), and the votes of a labeller."
+    "The labelled images, their features (once), and the votes of a labeller."
 
     def __init__(self, folder, extract, *, size, patch_size, flip, n_classes=14, shares=('objects', 'scenes')):
         self.size, self.share, self.pictures, self.maps = size, [], [], []
@@ -109,7 +109,7 @@ class Truth:
         return out
 
     def votes_crf(self, labeller, *, alpha, crf, every):
-        "Votes of every n-th picture, with CRF, or without (None)."
+        "Votes of every n-th image, with CRF, or without (None)."
         out, chosen = {s: 0 for s in dict.fromkeys(self.share)}, range(0, len(self.maps), every)
         pred = [
             m
@@ -144,7 +144,7 @@ def summary(votes, n_things=8):
 
 
 def prepare(args, p, data):
-    "Features of the training images, pooled features, the labelled pictures; seconds of CPU for the first."
+    "Features of the training images, pooled features, the labelled images; seconds of CPU for the first."
     if args.cache and Path(args.cache).exists():
         return torch.load(args.cache, weights_only=False)
     vit = ViTFeatures.from_file(args.backbone)

@@ -1,4 +1,4 @@
-"""Writes golden_detectron2.npz: what detectron2 computes on one small network whose weights, pictures and labels
+"""Writes golden_detectron2.npz: what detectron2 computes on one small network whose weights, images and labels
 come from numpy's generator.  Run where detectron2 is installed:
 
 python tests/make_golden.py
@@ -82,7 +82,7 @@ def network():
 
 
 def scene():  # [3, 96, 128], target
-    "A picture of waves and noise; rectangles as labels."
+    "An image of waves and noise; rectangles as labels."
     rng, (y, x) = np.random.default_rng(1), np.mgrid[:96, :128]
     image = np.stack(
         [128 + 80 * np.sin(x / a + c) * np.cos(y / b) for a, b, c in ((9, 14, 0), (17, 8, 1), (6, 21, 2))]

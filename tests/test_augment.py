@@ -23,7 +23,7 @@ from u2seg.augment import (
 
 
 def scene(rng, h=20, w=26, m=3, n_labels=2, sem=True):
-    "A random picture with m overlapping rectangles."
+    "A random image with m overlapping rectangles."
     image = torch.from_numpy(rng.integers(0, 256, (3, h, w), dtype=np.uint8))
     masks = torch.zeros(m, h, w, dtype=torch.bool)
     for k in range(m):
@@ -171,7 +171,7 @@ def test_plain_paste_draws_one_to_all_but_one():
     assert counts == {1, 2, 3}
 
 
-def test_semantic_paste_of_an_object_larger_than_the_picture():
+def test_semantic_paste_of_an_object_larger_than_the_image():
     rng = np.random.default_rng(0)
     image, target = scene(rng, 8, 40, m=0)
     target = {**target, 'masks': torch.zeros(1, 8, 40, dtype=torch.bool), 'labels': torch.tensor([0])}

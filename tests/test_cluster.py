@@ -207,7 +207,7 @@ def test_window():
 @pytest.mark.parametrize('shape', SHAPES)
 @pytest.mark.parametrize('margin', [0, 0.3, 3])
 def test_crops_are_the_window(shape, margin):
-    "Against a crop of a picture that is padded first."
+    "Against a crop of an image that is padded first."
     image, masks = scene()
     crops, covers = crop_instances(image, masks, crop_size=32, margin=margin, shape=shape, fill_background=False)
     assert crops.dtype == covers.dtype == np.uint8 and crops.shape == (3, 32, 32, 3) and covers.shape == (3, 32, 32)
@@ -290,7 +290,7 @@ how = dict(embedding='mask_mean', crop_size=32, margin=0.1, shape='square', fill
 
 
 def folder_of_pictures(folder, n=11):
-    "Red, green and blue squares on grey; picture 4 is broken, picture 6 has no instance."
+    "Red, green and blue squares on grey; image 4 is broken, image 6 has no instance."
     rng, images, annotations = np.random.default_rng(0), [], []
     for i in range(1, n + 1):
         image, masks = np.full((60, 60, 3), 90, np.uint8) + rng.integers(0, 20, (60, 60, 3), dtype=np.uint8), []
@@ -305,7 +305,7 @@ def folder_of_pictures(folder, n=11):
     return instances_json(images, annotations, [dict(id=1, name='object')])
 
 
-def test_a_replaced_picture_is_embedded_anew(tmp_path):
+def test_a_replaced_image_is_embedded_anew(tmp_path):
     coco, rows = folder_of_pictures(tmp_path), []
     for _ in range(2):
         kept, _ = embed_file(
@@ -389,7 +389,7 @@ def test_saved_clusters_assign_the_same(tmp_path, options):
     assert (again.label(Pooled(), image, np.stack(mine)) == labels[: len(mine)]).all()
 
 
-def test_an_unreadable_picture_is_left_out_and_named(tmp_path):
+def test_an_unreadable_image_is_left_out_and_named(tmp_path):
     coco = folder_of_pictures(tmp_path)
     clusters, _ = fit_clusters(
         blobs()[0][:, :5],

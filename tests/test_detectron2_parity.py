@@ -342,7 +342,7 @@ PAPER = dict(
 
 @torch.no_grad()
 def settle(model, image):
-    """BatchNorm's statistics from a picture, as training would leave them: random ones let the activations of a
+    """BatchNorm's statistics from an image, as training would leave them: random ones let the activations of a
     deep backbone grow without bound."""
     layers = [m for m in model.backbone.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
     for m in layers:
@@ -387,7 +387,7 @@ def before_thresholds(heads, features, proposals, sizes):
 
 
 def inference_gaps(mine, theirs, x, monkeypatch) -> dict:
-    "Largest absolute differences on one picture; of masks and panoptic maps the share of pixels that differ."
+    "Largest absolute differences on one image; of masks and panoptic maps the fraction of pixels that differ."
     mine.eval()
     theirs.eval()
     caught = {}

@@ -263,7 +263,7 @@ def test_anchor_matching_with_low_quality_matches():
     assert [index[i].item() for i in hit] == [want_index[i] for i in hit]
 
 
-def test_regions_match_within_their_own_picture():
+def test_regions_match_within_their_own_image():
     boxes, gt = random_boxes(20), random_boxes(6, 1)
     image, gt_image = torch.arange(20) % 2, torch.tensor([0, 0, 0, 1, 1, 1])
     best, index = match_regions(boxes, image, gt, gt_image)

@@ -1,4 +1,4 @@
-"""Own pictures: any folder, nested, in mixed formats, with or without labels, from MaskCut to the report, in one
+"""Own images: any folder, nested, in mixed formats, with or without labels, from MaskCut to the report, in one
 process."""
 
 import os, shutil, warnings
@@ -35,7 +35,7 @@ N = 9  # STEGO draws from 7 neighbours
 
 
 def draw(folder, n=N, seed=5):
-    "Pictures in nested folders and all formats, one grey, a text file and a broken picture among them."
+    "Images in nested folders and all formats, one grey, a text file and a broken image among them."
     for i in range(n):
         pixels = scenes.draw_scene(seed + i)[0]
         name = f"{['', 'a/', 'a/b c/', 'ä/'][i % 4]}{i}{formats[i % 6]}"
@@ -133,7 +133,7 @@ def test_every_output_that_dvc_expects_is_there(repo):
     assert [p for p in declared_outs() if not (repo / p).exists()] == []
 
 
-def test_the_model_of_own_pictures_predicts(repo):
+def test_the_model_of_own_images_predicts(repo):
     from u2seg.folder import predict_folder
 
     assert (

@@ -333,13 +333,13 @@ def test_detectron2_reads_the_set(label_set):
 
 
 def pictures(root):
-    "A picture for each image of the set, all of whose pixels are its id."
+    "An image for each image of the set, all of whose pixels are its id."
     (root / 'p').mkdir(exist_ok=True)
     for i in range(1, 7):
         Image.new('RGB', (30, 20), (i, i, i)).save(root / 'p' / f'{i}.jpg', quality=100)
 
 
-def test_pictures_are_linked_by_id(label_set):
+def test_images_are_linked_by_id(label_set):
     _, out = label_set()
     pictures(label_set.root)
     for _ in range(2):

@@ -65,7 +65,7 @@ def same(a, b):
     )
 
 
-def test_every_form_of_a_picture_gives_the_same(weights, tmp_path):
+def test_every_form_of_an_image_gives_the_same(weights, tmp_path):
     model, x = U2Seg.from_pretrained(weights, device='cpu'), picture()
     write_png(tmp_path / 'x.png', x)
     first = model.predict(x)
@@ -93,7 +93,7 @@ def test_every_form_of_a_picture_gives_the_same(weights, tmp_path):
         torch.zeros(2, 3, 4, 4),
     ],
 )
-def test_what_is_no_picture_is_refused(wrong):
+def test_what_is_no_image_is_refused(wrong):
     with pytest.raises(ValueError):
         as_image(wrong)
 
@@ -114,7 +114,7 @@ def test_forms_of_one_channel_and_alpha():
     assert as_image(Image.open(b)).shape == (4, 2, 3)
 
 
-def test_one_pixel_and_long_pictures(weights):
+def test_one_pixel_and_long_images(weights):
     model = U2Seg.from_pretrained(weights, device='cpu')
     for h, w in ((1, 1), (3, 200), (200, 2)):
         p = model.predict(picture(h=h, w=w))
@@ -429,7 +429,7 @@ def test_how_many_fit(weights):
     assert free_memory('cpu') > 2**26
 
 
-def test_one_picture_too_large_is_one_sentence(weights, monkeypatch):
+def test_one_image_too_large_is_one_sentence(weights, monkeypatch):
     model = U2Seg.from_pretrained(weights, device='cpu')
 
     def full(self, images):
@@ -474,7 +474,7 @@ def test_devices_that_are_there(weights):
             U2Seg.from_pretrained(weights, device='cuda')
 
 
-def test_results_among_the_pictures_are_not_pictures(weights, tmp_path):
+def test_results_among_the_images_are_not_images(weights, tmp_path):
     write_png(tmp_path / 'a.png', picture())
     for _ in range(2):
         assert predict_folder(tmp_path, weights, tmp_path / 'segmented', device='cpu')['images'] == 1
@@ -575,7 +575,7 @@ def test_a_least_score_holds_for_all_that_is_found(weights):
 
 
 def test_the_controls_of_the_notebook(monkeypatch):
-    "The cell that is skipped when notebooks are tested: the controls redraw the picture."
+    "The cell that is skipped when notebooks are tested: the controls redraw the image."
     import nbformat, os
     from pathlib import Path
 

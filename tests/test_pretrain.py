@@ -126,7 +126,7 @@ def test_blobs_are_single_round_things():
     assert area.min() > 0 and 0.05 < np.median(area) < 0.4 and not np.array_equal(masks[0], masks[1])
 
 
-def test_composition_layers_are_where_the_pictures_changed(images):
+def test_composition_layers_are_where_the_images_changed(images):
     image, layer = V.compose(images, 8, generator())
     assert image.shape == (8, 3, 128, 128)
     assert layer.shape == (8, 128, 128) and set(layer.unique().tolist()) <= {0, 1, 2, 3}
@@ -303,14 +303,14 @@ def test_rates_fall_to_zero():
 # --- images
 
 
-def test_drawn_pictures_are_drawn_once(tmp_path, images, monkeypatch):
+def test_drawn_images_are_drawn_once(tmp_path, images, monkeypatch):
     first = np.array(P.drawn(tmp_path / 'p.npy', n_images=4, size=128, seed=0))
     assert np.array_equal(first, images[:4])
     monkeypatch.setattr(P, 'draw_images', lambda *a, **kw: pytest.fail('drawn again'))
     assert np.array_equal(P.drawn(tmp_path / 'p.npy', n_images=4, size=128, seed=0), first)
 
 
-def test_own_pictures(tmp_path, images, capsys):
+def test_own_images(tmp_path, images, capsys):
     from PIL import Image
 
     for sub in ('a', 'b'):

@@ -93,7 +93,7 @@ def test_truth_of_fresh_scenes(drawn):
             check_segments(ids, segments)
 
 
-def test_truth_lies_on_the_picture(drawn):
+def test_truth_lies_on_the_image(drawn):
     "Colour steps across the outline of a mask, and does not across the same outline turned over."
 
     def step(image, mask):
@@ -111,7 +111,7 @@ def test_truth_lies_on_the_picture(drawn):
     assert np.mean(right) > 2 * np.mean(turned)
 
 
-def test_stuff_lies_on_the_picture(drawn):
+def test_stuff_lies_on_the_image(drawn):
     "Sky above the rest; water bluer than red, grass greener than blue."
     found = {'sky': [], 'water': [], 'grass': []}
     for image, ids, segments in drawn['scenes']:

@@ -52,7 +52,7 @@ def test_overlay_against_a_loop(photo, outline):
             assert np.abs(got[y, x] - want).max() <= 0.51, (y, x)
 
 
-def test_outline_grows_with_the_picture():
+def test_outline_grows_with_the_image():
     for side, width in ((64, 1), (960, 3)):
         ids = np.ones((side, side), int)
         ids[:, side // 2 :] = 2
@@ -153,7 +153,7 @@ def test_titles_of_columns_stand_above_the_first_row():
         grid([red] * 4, n_columns=2, titles=['a', 'b', 'c'])
 
 
-def test_grid_places_pictures():
+def test_grid_places_images():
     red, map_ = np.zeros((20, 30, 3), np.uint8) + np.uint8([255, 0, 0]), np.eye(20)
     got = np.asarray(Image.open(io.BytesIO(png_bytes(grid([red, map_, red], n_columns=2, scale=2)))).convert('RGB'))
     assert got.shape == (84, 124, 3)
@@ -223,7 +223,7 @@ def test_save_figure_takes_any_figure(tmp_path):
     assert Image.open(tmp_path / 'deep' / 'line.png').size == (300, 200)
 
 
-def test_large_pictures_shrink_and_their_titles_do_not():
+def test_large_images_shrink_and_their_titles_do_not():
     fig = grid([np.zeros((480, 640, 3), np.uint8)] * 16, n_columns=8, titles=['a'] * 16)
     width, height = fig.get_size_inches() * fig.dpi
     assert 400_000 < width * height < 550_000 and width / height > 2  # the pictures, titles and gaps beside them

@@ -355,7 +355,7 @@ def extract(x):
 
 @pytest.fixture
 def pictures(tmp_path):
-    "Six pictures of three sizes, one of them broken."
+    "Six images of three sizes, one of them broken."
     sizes = [(40, 64), (40, 64), (33, 50), (64, 40), (24, 24), (40, 64)]
     for i, (h, w) in enumerate(sizes):
         rng = np.random.default_rng(i)
@@ -449,7 +449,7 @@ def test_flip_and_temperature(pictures, labeller):
     assert torch.allclose(p2[:, 1, 2], (2 * k @ u).softmax(0), atol=1e-6)
 
 
-def test_crf_follows_the_picture(labeller):
+def test_crf_follows_the_image(labeller):
     image = np.zeros((32, 32, 3), np.uint8)
     for y in range(32):
         image[y, 10 + 6 * (y // 4 % 2) :] = 255  # teeth of 4 px that patches of 8 px cannot see
@@ -489,7 +489,7 @@ def test_export_resumes_and_survives_the_pipelines_clearing(pictures, labeller, 
         run()  # but another labeller starts anew
 
 
-def test_a_replaced_picture_has_its_map_anew(pictures, labeller):
+def test_a_replaced_image_has_its_map_anew(pictures, labeller):
     root, files = pictures
     run = lambda to: write_semantic(
         labeller, extract, root, files, root / 'semantic', work_folder=root / to, batch_size=2, **ARGS
@@ -574,7 +574,7 @@ def test_blocks_of_a_rotary_vit():
 
 
 @pytest.mark.parametrize('shape', [(16, 4000), (4000, 16), (16, 60)])
-def test_a_very_wide_picture_costs_a_bounded_number_of_patches(labeller, shape):
+def test_a_very_wide_image_costs_a_bounded_number_of_patches(labeller, shape):
     seen = []
     m = segment(
         labeller,

@@ -38,7 +38,7 @@ def test_committed_sweeps_pass_the_stages_checks(name):
 
 
 @pytest.mark.parametrize('stage', ['cutler', 'train', 'fewshot'])
-def test_plain_paste_of_more_than_the_picture_is_refused(stage):
+def test_plain_paste_of_more_than_the_image_is_refused(stage):
     for scale, fits in (([0.5, 1.0], True), ([0.5, 1.2], False), ([0.8, 0.5], False), ([0.5], False)):
         todo = [
             dict(
@@ -89,7 +89,7 @@ TOY = {
     'train': "import yaml, pathlib; p = yaml.safe_load(open('params.yaml'))['train']; o = pathlib.Path('out/train'); "
     "o.mkdir(parents=True, exist_ok=True); (o/'model').write_text(str(p['seed'])); open(COUNT, 'a').write('t')",
     'evaluate': "import yaml, json, pathlib; p = yaml.safe_load(open('params.yaml'))['evaluate']; "
-    "s = int(open('out/train/model').read()); assert p['gain'] < 9; assert open('pictures/a').read() == 'a'; "
+    "s = int(open('out/train/model').read()); assert p['gain'] < 9; assert open('images/a').read() == 'a'; "
     "o = pathlib.Path('out/evaluate'); o.mkdir(parents=True, exist_ok=True); "
     "score = lambda pq: dict(val=dict(vote=dict(PQ=pq))); r = dict(U2Seg=score(p['gain'] + s / 10), STEGO=score(0.)); "
     "(o/'metrics.json').write_text(json.dumps(dict(splits=dict(scenes=r))))",

@@ -306,7 +306,7 @@ SQUARE = {**VIEWS, 'short_sides': [40], 'max_size': 40, 'colour_jitter': (0, 0, 
 
 @pytest.fixture
 def squares(data, tmp_path):
-    """Pictures of one size, with 0 to 3 objects and stuff that is known in part: each process has other numbers of
+    """Images of one size, with 0 to 3 objects and stuff that is known in part: each process has other numbers of
     regions and pixels."""
     rng, notes = np.random.default_rng(2), []
     for i in range(1, 9):
@@ -434,7 +434,7 @@ def test_places_of_a_batch_are_drawn_apart(data):
     assert len({tuple(im.flatten()[:50].tolist()) for im in images}) == 8 == len({t['seed'] for t in targets})
 
 
-def test_every_epoch_shows_every_picture_once():
+def test_every_epoch_shows_every_image_once():
     rng = np.random.default_rng(0)
     for n, B in ((20, 4), (21, 4), (3, 8), (8, 8), (1, 2)):
         sizes = [(10, 20) if rng.random() < 0.6 else (20, 10) for _ in range(n)]
@@ -474,7 +474,7 @@ def test_targets_are_the_files(data):
     assert data.category_ids == [2, 5, 9]
 
 
-def test_an_unreadable_picture_is_named_and_replaced(data, tmp_path):
+def test_an_unreadable_image_is_named_and_replaced(data, tmp_path):
     (tmp_path / '4.png').write_bytes(b'no image')
     fresh = PseudoLabels(
         tmp_path, dict(images=data.images, annotations=[], categories=[dict(id=1)]), tmp_path / 'stuff'
@@ -683,7 +683,7 @@ def test_self_training_labels_by_hand():
 
 
 class Finder(nn.Module):
-    "Three detections a picture, of scores .2, .9, .6; the second has an empty mask."
+    "Three detections an image, of scores .2, .9, .6; the second has an empty mask."
 
     def __init__(self):
         super().__init__()
@@ -723,7 +723,7 @@ def test_detections_become_annotations_and_resume(data, tmp_path):
     assert (sized[0]['width'], sized[0]['height'], len(sized), skipped) == (20, 30, 12, [])
 
 
-def test_decoded_pictures_are_kept_up_to_a_bound(data, monkeypatch):
+def test_decoded_images_are_kept_up_to_a_bound(data, monkeypatch):
     whole = [data[i] for i in range(len(data))]
     assert len(data.cache) == len(data)
     small = copy.copy(data)
