@@ -1,13 +1,16 @@
 """Every path of a GPU, run without one (tests/pretended.py): no operator meets tensors of two devices.
 
-Left out: k-means' and the neighbours' faiss, which stay on the CPU; loading of files; `engine` and `detectron`, which
-hand over to detectron2; DistributedDataParallel, which asks the driver; numba's kernels, which a GPU does not use.
+Each run is one module's path. The tests below ask that every public function that takes tensors is in one of them
+(`LEFT_OUT` names the rest and says why), that forgetting one `device=` turns a run red, and that a step of training
+waits for the GPU no more often than it does today.
 """
 
 import contextlib
 import copy
 import importlib
-from functools import partial
+import inspect
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -258,8 +261,9 @@ def run_inference():
 
 
 def run_predict(folder):
-    from u2seg.predict import U2Seg
+    from u2seg.predict import U2Seg, as_image
 
+    assert (as_image(on(torch.from_numpy(picture()).permute(2, 0, 1))) == picture()).all()
     save_weights(confident(NETWORK), folder / 'model.safetensors')
     model = U2Seg.from_pretrained(folder, device='cuda')
     for p in model.predict([picture(60, 90), picture(96, 128)]):
@@ -285,6 +289,7 @@ def run_augment():
     want = augment.view(image, target, rng=np.random.default_rng(0), **options)
     got = augment.view(*here, rng=np.random.default_rng(0), **options)
     assert got[0].is_cuda and torch.equal(values(got[1]['masks']), want[1]['masks'])
+    assert augment.crop(*here, (8, 8, 48, 40))[0].is_cuda
     pasted = dict(paste_scale=(0.5, 1.0), max_cover=0.9)
     for put in (augment.copy_paste, augment.semantic_copy_paste):
         assert put(*here, *here, rng=np.random.default_rng(0), **pasted)[0].is_cuda
@@ -293,13 +298,156 @@ def run_augment():
 RUNS = {name[4:]: f for name, f in list(globals().items()) if name.startswith('run_')}
 
 
-def run(name, tmp_path):
+def run(name, folder):
     f = RUNS[name]
     with torch.random.fork_rng(devices=[]):
-        f(tmp_path) if f.__code__.co_argcount else f()
+        f(folder) if f.__code__.co_argcount else f()
+
+
+@pytest.fixture(scope='module')
+def ran(tmp_path_factory):
+    "All runs: what went wrong in each, and the functions that were given a tensor on the GPU."
+    faults, functions = {}, set()
+
+    def look(frame, event, arg):
+        if event == 'call' and any(has_gpu(x) for x in frame.f_locals.values()):
+            functions.add(frame.f_code)
+
+    for name in RUNS:
+        folder = tmp_path_factory.mktemp(name)
+        with gpu():
+            sys.setprofile(look)
+            try:
+                run(name, folder)
+            except Exception as e:
+                faults[name] = e
+            finally:
+                sys.setprofile(None)
+    return faults, functions
+
+
+def has_gpu(x):
+    return isinstance(x, Gpu) or type(x) in (list, tuple) and any(isinstance(i, Gpu) for i in x[:3])
 
 
 @pytest.mark.parametrize('name', RUNS)
-def test_on_the_gpu(name, tmp_path):
-    with gpu():
-        run(name, tmp_path)
+def test_on_the_gpu(ran, name):
+    if name in ran[0]:
+        raise ran[0][name]
+
+
+# ---------------------------------------------------------------- nothing is left out
+
+MODULES = 'features ncut lattice crf maskcut kmeans correspondence labeller stego semantic crops views pretrain augment'
+MODULES += ' boxes rpn roialign cascade backbone pixels model optim predict selftrain'
+LEFT_OUT = {'views.box': 'boxes are drawn on the CPU, with its random numbers, and moved then'}
+
+
+def public(name):
+    "Code of the public functions of a module that take tensors, and of its networks."
+    module = importlib.import_module(f'u2seg.{name}')
+    for symbol in module.__all__:
+        thing = getattr(module, symbol)
+        thing = getattr(thing, 'forward', None) if inspect.isclass(thing) else thing
+        f = inspect.unwrap(thing) if callable(thing) else None
+        if not inspect.isfunction(f) or f.__module__ != module.__name__:
+            continue
+        given = {k: v for k, v in f.__annotations__.items() if k != 'return'}
+        if any('Tensor' in repr(v) for v in given.values()):
+            yield f'{name}.{symbol}', f.__code__
+
+
+def test_every_public_function_that_takes_tensors_is_run(ran):
+    missing = {symbol for name in MODULES.split() for symbol, code in public(name) if code not in ran[1]}
+    assert missing == set(LEFT_OUT), sorted(missing ^ set(LEFT_OUT))
+
+
+# ---------------------------------------------------------------- a forgotten device is seen
+
+FACTORIES = 'arange', 'zeros', 'ones', 'full', 'empty', 'rand', 'randperm', 'tensor'
+CARELESS = dict(ncut='ncut', lattice='crf', crf='crf', labeller='labeller', views='pretrain', boxes='training')
+CARELESS |= dict(rpn='training', roialign='training', cascade='training', pixels='inference')
+
+
+class Careless(types.ModuleType):
+    "torch, whose factories forget the device they are told."
+
+    forgotten = 0
+
+    def __getattr__(self, name):
+        plain = getattr(torch, name)
+        if name not in FACTORIES:
+            return plain
+
+        def make(*args, device=None, **kwargs):
+            self.forgotten += device is not None and torch.device(device).type == 'cuda'
+            return plain(*args, **kwargs)
+
+        return make
+
+
+@pytest.mark.parametrize('name', CARELESS)
+def test_a_forgotten_device_turns_the_run_red(name, tmp_path, monkeypatch):
+    careless = Careless('torch')
+    monkeypatch.setattr(importlib.import_module(f'u2seg.{name}'), 'torch', careless)
+    with gpu(), pytest.raises((MixedDevices, AssertionError)):
+        run(CARELESS[name], tmp_path)
+    assert careless.forgotten
+
+
+def test_the_pretence_refuses_what_cuda_refuses():
+    with gpu() as seen:
+        here, there = on(torch.ones(3, 4)), torch.ones(3, 4)
+        for refused in (
+            lambda: here + there,
+            lambda: torch.cat([here, there]),
+            lambda: torch.where(here > 0, there, here),
+            lambda: there[on(torch.tensor([0]))],
+            lambda: here.index_put_((on(torch.tensor([0])),), there[:1]),
+            lambda: here + torch.arange(4),
+            lambda: torch.rand(3, device='cuda', generator=torch.Generator()),
+            lambda: here.numpy(),
+            lambda: np.asarray(here),
+        ):
+            with pytest.raises((MixedDevices, TypeError)):
+                refused()
+        assert (here + torch.tensor(1.0)).is_cuda and here[torch.tensor([0])].is_cuda  # as CUDA allows
+        assert there.to(here).is_cuda and not here.cpu().is_cuda and torch.zeros(2, device=CUDA).is_cuda
+        before = seen.n_waits
+        (here.nonzero(), here.sum().item(), here[here > 0], here.to('cpu'), there.to('cuda'), float(here[0, 0]))
+        assert seen.n_waits == before + 6
+    assert not torch.zeros(2).is_cuda and not torch.cuda.is_available()
+
+
+# ---------------------------------------------------------------- waits of a step
+
+
+def torchvision_step(n):
+    "The same step of torchvision's Mask R-CNN, a cascade of one stage without stuff."
+    from torchvision.models.detection import MaskRCNN
+    from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+
+    torch.manual_seed(0)
+    backbone = resnet_fpn_backbone(backbone_name='resnet18', weights=None, trainable_layers=5)
+    sizes = dict(min_size=96, max_size=128, rpn_pre_nms_top_n_train=100, rpn_post_nms_top_n_train=60)
+    model = on(MaskRCNN(backbone, num_classes=7, box_batch_size_per_image=32, **sizes)).train()
+    images = [on(torch.rand(3, 96, 128, generator=rng(i))) for i in range(n)]
+    keep = 'boxes', 'labels', 'masks'
+    targets = [{k: v for k, v in t.items() if k in keep} for t in to_gpu(targets_of(n, 96, 128))]
+    for t in targets:
+        t['masks'] = t['masks'].byte()
+    sum(model(images, targets).values()).backward()
+
+
+def waits(f):
+    with torch.random.fork_rng(devices=[]), gpu() as seen:
+        f()
+    return seen.n_waits
+
+
+def test_a_step_waits_for_the_gpu_a_bounded_number_of_times():
+    "Measured: 61 waits for 2 images, 73 for 4; torchvision 78 and 130."
+    ours = [waits(lambda: step(on(build_model(NETWORK)).train(), n=n)) for n in (2, 4)]
+    theirs = [waits(lambda: torchvision_step(n)) for n in (2, 4)]
+    assert ours[0] <= 65 and ours[1] <= 78, ours
+    assert ours[0] < theirs[0] and ours[1] - ours[0] < (theirs[1] - theirs[0]) / 2, (ours, theirs)
