@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
-from scipy.ndimage import gaussian_filter, label
+from scipy.ndimage import binary_fill_holes, gaussian_filter, label
 
 from u2seg.masks import decode_rle, encode_rle
 from u2seg.polygons import joined, mask_window, polygon_mask, polygons, rings
@@ -69,7 +69,7 @@ def test_smooth_masks_need_few_corners():
     rle = encode_rle(smooth(300, 400, 8, 0))
     exact, few = polygons(rle, loss=0), polygons(rle, loss=0.005)
     count = [sum(len(r) for p in parts for r in p) for parts in (exact, few)]
-    assert count[1] < count[0] / 3
+    assert count[1] < count[0] / 2.5
 
 
 def test_the_window_is_the_mask_without_its_margin():
@@ -84,8 +84,19 @@ def test_one_pixel_in_a_large_image():
     mask = np.zeros((4000, 4000), bool)
     mask[3999, 3999] = True
     (((ring,),),) = [polygons(encode_rle(mask))]
-    assert sorted(ring.tolist()) == [[3999, 3999], [3999, 4000], [4000, 3999], [4000, 4000]]
+    assert sorted(ring.round().tolist()) == [[3999, 3999], [3999, 4000], [4000, 3999], [4000, 4000]]
     assert decode_rle(polygon_mask([ring], mask.shape)).sum() == 1
+
+
+def test_readers_that_cut_off_and_paint_outlines_see_the_mask_too():
+    "OpenCV's way, with which supervision and ultralytics read: exact where there is no hole."
+    cv2 = pytest.importorskip('cv2')
+    for seed in range(20):
+        mask = binary_fill_holes(smooth(40, 50, 4, seed))
+        seen = np.zeros(mask.shape, np.uint8)
+        for part in polygons(encode_rle(mask), loss=0):
+            cv2.fillPoly(seen, [joined(part).astype(np.int32)], 1)
+        assert (seen == mask).all()
 
 
 @pytest.mark.parametrize('loss', [-0.1, 1, float('nan')])
