@@ -260,6 +260,7 @@ def parser()->argparse.ArgumentParser:
             return v
         return verb
     _image_verbs(in_group('for images'))
+    _label_verbs(in_group('for labels'))
     _pipeline_verbs(in_group('for the pipeline'))
     p.epilog = _epilog(groups)
     options = [o for v in verbs.choices.values() for a in v._actions for o in a.option_strings]
