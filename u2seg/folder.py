@@ -113,7 +113,7 @@ def _write(model, out, batch_size, loaded):
 # %% ../nbs/63_folder.ipynb #read_ahead
 def _read_ahead(files, n_max)->int: # 1 ... n_max
     "How many images are decoded at once: at most `n_max`, and 32 megapixels if all are as large as the largest."
-    return max(1, min(n_max, 2**25//max(1, *map(_n_pixels, files))))
+    return max(1, min(n_max, 2**25//max([1, *map(_n_pixels, files)])))
 
 def _n_pixels(file): # as its header says; 0 if it cannot be read, which is reported later
     try:

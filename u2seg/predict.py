@@ -266,6 +266,7 @@ class U2Seg:
 def _fits(self:U2Seg, sizes:list[tuple[int, int]], # (height, width) of images, in order
           *, free:int|None=None)->int:         # bytes; None: half of what is free on the device
     "How many of these images fit into memory together."
-    return _fitting(self.model.config, sizes, str(self.device), free or free_memory(self.device)//2)
+    free = free_memory(self.device)//2 if free is None else free
+    return _fitting(self.model.config, sizes, str(self.device), free)
 
 U2Seg.fitting = _fits
