@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['run', 'check', 'dvc', 'use', 'publish', 'table', 'times', 'sweep', 'predict', 'export', 'suggest', 'finetune',
-           'maskcut', 'download', 'convert', 'parser', 'main']
+           'maskcut', 'download', 'convert', 'name', 'parser', 'main']
 
 # %% ../nbs/95_cli.ipynb #imports
 import argparse
@@ -144,6 +144,26 @@ def convert(path:str, out:str='converted', images:str|None=None, folders:list[st
     counts = convert(path, out, images=images, folders=folders, maps=maps)
     print(f'{counts.pop("folder", out)}: {summary(counts)}')
 
+# %% ../nbs/95_cli.ipynb #name
+def name(csv:str|None=None, port:int=0):
+    "Say what the clusters of out/ are, on a page of this machine or in a table; writes names.yaml."
+    from u2seg.gallery import open_gallery, resume
+    from u2seg.name import name_csv, Naming, serve_until_stopped
+    gallery = open_gallery('out')
+    journal = resume('.', gallery)
+    carried, unsure = (len(journal.start.get(k) or {}) for k in ('carried', 'unsure'))
+    if carried or unsure: print(f'from the clusters before: {_count(carried, "name")} carried over, {unsure} unsure')
+    if csv:
+        n = name_csv(csv, gallery, journal, 'out/name')
+        print(f"{csv}: {n['clusters']} clusters, {n['named']} named, {n['discarded']} discarded; look at out/name/")
+    else: serve_until_stopped(Naming(gallery, journal), port)
+    journal.close()
+
+def _name_verb(verb):
+    v = verb(name)
+    v.add_argument('--csv', help='a table instead of a page: written, and read back if it is there')
+    v.add_argument('--port', type=int, default=0, help='of the page (default: a free one)')
+
 # %% ../nbs/95_cli.ipynb #parser
 def _pipeline_verbs(verb):
     verb(run).add_argument('stage', help='name of the stage')
@@ -260,6 +280,7 @@ def parser()->argparse.ArgumentParser:
             return v
         return verb
     _image_verbs(in_group('for images'))
+    _name_verb(in_group('for labels'))
     _label_verbs(in_group('for labels'))
     _pipeline_verbs(in_group('for the pipeline'))
     p.epilog = _epilog(groups)

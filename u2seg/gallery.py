@@ -57,6 +57,18 @@ class Gallery:
             rows = rows[distance.argmin(1) == 'ab'.index(label[end])]
         return rows
 
+# %% ../nbs/65_gallery.ipynb #mean
+def _mean(self, names, label): # float32 [d], NaN for a cluster without instances
+    if label.isdecimal(): return self.means[int(label) - 1]
+    rows = self.rows(names, label)
+    return self.x[rows].mean(0) if len(rows) else np.full(self.x.shape[1], np.nan, np.float32)
+
+def _distances(x, means): # [m, k], infinite from a cluster without instances
+    squared = (x**2).sum(1)[:, None] - 2*x @ means.T + (means**2).sum(1)
+    return np.sqrt(np.where(np.isnan(squared), np.inf, np.maximum(squared, 0)))
+
+Gallery.mean = _mean
+
 # %% ../nbs/65_gallery.ipynb #describe
 def describe(self, names:Names, label:str,
              n:int=12, # at most as many of each
@@ -66,9 +78,7 @@ def describe(self, names:Names, label:str,
     kind = [l for l in names.labels if names.is_thing(l) == names.is_thing(label)]
     means = np.stack([self.mean(names, l) for l in kind])
     if not len(rows): return dict(size=0, typical=[], doubtful=[], neighbours=[])
-    own = kind.index(label)
-    distance = np.sqrt(np.maximum(_squared(self.x[rows], means), 0))
-    distance[:, np.isnan(means[:, 0])] = np.inf
+    own, distance = kind.index(label), _distances(self.x[rows], means)
     others = np.delete(distance, own, 1).min(1) if len(kind) > 1 else np.full(len(rows), np.inf)
     typical = np.argsort(distance[:, own], kind='stable')
     doubtful = np.argsort(others - distance[:, own], kind='stable')
@@ -78,14 +88,13 @@ def describe(self, names:Names, label:str,
     rest = [i for i in rows[doubtful].tolist() if i not in shown][:n]
     return dict(size=self.sizes.get(label, len(rows)), typical=shown, doubtful=rest, neighbours=near[:6])
 
-def _mean(self, names, label): # float32 [d], NaN for a cluster without instances
-    if label.isdecimal(): return self.means[int(label) - 1]
+def _summary(self, names, label)->tuple[int, int|None]: # how many instances; the row of the most typical one
     rows = self.rows(names, label)
-    return self.x[rows].mean(0) if len(rows) else np.full(self.x.shape[1], np.nan, np.float32)
+    if not len(rows): return 0, None
+    first = ((self.x[rows] - self.mean(names, label))**2).sum(1).argmin()
+    return self.sizes.get(label, len(rows)), int(rows[first])
 
-def _squared(x, means): return (x**2).sum(1)[:, None] - 2*x @ means.T + (means**2).sum(1)
-
-Gallery.describe, Gallery.mean = describe, _mean
+Gallery.describe, Gallery.summary = describe, _summary
 
 # %% ../nbs/65_gallery.ipynb #split
 def split(self, names:Names, label:str)->list: # [2][d]
