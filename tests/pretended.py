@@ -213,7 +213,9 @@ def _module_to(plain):
 
     def to(self, *args, **kwargs):
         devices = [a for a in (*args, *kwargs.values()) if isinstance(a, (str, torch.device))]
-        return on(self) if any(map(is_gpu, devices)) else plain(self, *args, **kwargs)
+        if any(map(is_gpu, devices)):
+            return on(self)
+        return _move(self, _unwrap) if devices else plain(self, *args, **kwargs)
 
     return to
 
@@ -268,6 +270,7 @@ PATCHES = [
     (torch, 'as_tensor', _from_data),
     (torch.Tensor, 'to', _to),
     (torch.nn.Module, 'to', _module_to),
+    (torch.nn.Module, 'cpu', lambda plain: lambda self: _move(self, _unwrap)),
     (F, 'one_hot', lambda plain: lambda x, n=-1: Gpu(plain(x.elem, n)) if isinstance(x, Gpu) else plain(x, n)),
 ]
 _now = None
@@ -290,15 +293,17 @@ def gpu():
             setattr(owner, name, plain)
 
 
+def _move(module, convert):
+    for m in module.modules():
+        for name, p in m._parameters.items():
+            if p is not None:
+                m._parameters[name] = torch.nn.Parameter(convert(p.detach()), requires_grad=p.requires_grad)
+        for name, b in m._buffers.items():
+            if b is not None:
+                m._buffers[name] = convert(b)
+    return module
+
+
 def on(x):
     "A module, or tensors in a nest of lists and dicts, on the GPU."
-    if isinstance(x, torch.nn.Module):
-        for m in x.modules():
-            for k, p in m._parameters.items():
-                if p is not None and not isinstance(p, Gpu):
-                    m._parameters[k] = torch.nn.Parameter(Gpu(p.detach()), requires_grad=p.requires_grad)
-            for k, b in m._buffers.items():
-                if b is not None and not isinstance(b, Gpu):
-                    m._buffers[k] = Gpu(b)
-        return x
-    return _wrap(x)
+    return _move(x, _wrap) if isinstance(x, torch.nn.Module) else _wrap(x)
