@@ -22,7 +22,7 @@ from u2seg.truth import read_truth
 root = Path(__file__).parents[1]
 data, results = root / 'data/embedded', root / 'benchmarks/results/labels.csv'
 scratch = root / 'out/.work/labels'
-SPLIT, N_POOL, N_TEST, N_ITERS = 'scenes/train', 200, 50, 64
+SPLIT, N_POOL, N_TEST, N_ITERS = 'scenes/train', 200, 50, 48
 
 
 def label(names, path):

@@ -1,0 +1,307 @@
+"Export: every format is read back; counts equal, IoU of .98 or more; kills; names; the files of the user."
+
+import json
+import os
+from xml.etree import ElementTree as ET
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from scipy.ndimage import gaussian_filter, label
+
+from u2seg import cli
+from u2seg import export as E
+from u2seg.coco import read_instances
+from u2seg.forms import read_yolo
+from u2seg.images import read_json, write_json, write_png
+from u2seg.masks import encode_rle, instances_json, read_ids
+
+NAMES = ['a b', '"q" & <x>', 'קטגוריה']
+
+
+def regions(height, width, seed):
+    "Masks that do not overlap: bands with holes and parts, and one pixel."
+    noise = gaussian_filter(np.random.default_rng(seed).standard_normal((height, width)), min(height, width) / 20)
+    level = np.digitize(noise, np.quantile(noise, [0.25, 0.5, 0.75]))
+    pixel = np.zeros((height, width), bool)
+    pixel[tuple(np.argwhere(level == 0)[0])] = True
+    return [level == 1, level == 2, label(level == 3)[0] == 1, pixel]
+
+
+def write_source(folder, groups, **more):
+    "COCO instances with scores; masks of each image."
+    images, annotations = [], []
+    for i, (size, masks) in enumerate(groups, 1):
+        images.append(dict(id=i, file_name=f'{i}.png', height=size[0], width=size[1]))
+        for k, mask in enumerate(masks):
+            row = dict(image_id=i, category_id=1 + k % 3, score=0.9 - 0.0001 * k, segmentation=encode_rle(mask))
+            annotations.append(dict(row, **more))
+        (folder / 'images').mkdir(parents=True, exist_ok=True)
+        write_png(folder / 'images' / f'{i}.png', np.zeros((*size, 3), np.uint8))
+    categories = [dict(id=i, name=n) for i, n in enumerate(NAMES, 1)]
+    write_json(folder / 'instances.json', instances_json(images, annotations, categories))
+    return folder / 'instances.json'
+
+
+def tiles():
+    "A thousand squares of 4 x 4 pixels."
+    out = []
+    for k in range(1000):
+        mask = np.zeros((200, 250), bool)
+        y, x = divmod(k, 50)
+        mask[5 * y * 2 : 5 * y * 2 + 4, 5 * x : 5 * x + 4] = True
+        out.append(mask)
+    return out
+
+
+def large():
+    mask = np.hypot(*np.mgrid[-1500:1500, -2000:2000]) < 1400
+    return [mask & (np.hypot(*np.mgrid[-1400:1600, -1900:2100]) > 300)]
+
+
+SOURCES = dict(
+    usual=lambda: [((90, 120), regions(90, 120, 0)), ((40, 30), []), ((61, 47), regions(61, 47, 1))],
+    many=lambda: [((200, 250), tiles())],
+    large=lambda: [((3000, 4000), large())],
+)
+
+
+def runs_to_mask(lengths, height, width):
+    return np.repeat(np.arange(len(lengths)) % 2 == 1, lengths).reshape(height, width)
+
+
+def unpack_brush(packed):
+    bits = ''.join(f'{v:08b}' for v in packed)
+    at = 0
+
+    def read(n):
+        nonlocal at
+        at += n
+        return int(bits[at - n : at], 2)
+
+    n, width = read(32), read(5) + 1
+    sizes, values, lengths = [read(4) + 1 for _ in range(4)], [], []
+    while sum(lengths) < n:
+        assert read(1) == 1
+        lengths.append(read(sizes[read(2)]) + 1)
+        values.append(read(width))
+    return np.repeat(values, lengths)
+
+
+def in_split(name):
+    return [(s, name.format(s)) for s in ('train', 'val')]
+
+
+def read_coco(out):
+    found = {}
+    for _, name in in_split('instances_{}.json'):
+        coco, own = COCO(str(out / name)), read_instances(out / name) if read_json(out / name)['images'] else None
+        assert own is None or [a['segmentation']['counts'] for a in own['annotations']] == [
+            coco.annToRLE(a)['counts'].decode() for a in coco.dataset['annotations']
+        ]
+        for im in coco.dataset['images']:
+            rows = coco.imgToAnns[im['id']]
+            found[im['file_name']] = [(a['category_id'], coco.annToRLE(a)) for a in rows]
+    return found
+
+
+def of_map(ids, category):
+    return [(category[i], encode_rle(ids == i)) for i in np.unique(ids).tolist() if i]
+
+
+def read_panoptic_files(out):
+    found = {}
+    for split, name in in_split('panoptic_{}.json'):
+        coco = read_json(out / name)
+        files = {im['id']: im['file_name'] for im in coco['images']}
+        for a in coco['annotations']:
+            ids = read_ids(out / f'panoptic_{split}' / a['file_name'])
+            assert {s['id']: s['area'] for s in a['segments_info']} == {
+                i: int((ids == i).sum()) for i in np.unique(ids).tolist() if i
+            }
+            found[files[a['image_id']]] = of_map(ids, {s['id']: s['category_id'] for s in a['segments_info']})
+    return found
+
+
+def read_yolo_files(out):
+    coco = read_instances(read_yolo(out / 'data.yaml'))
+    found = {os.path.basename(im['file_name']): [] for im in coco['images']}
+    names = {im['id']: os.path.basename(im['file_name']) for im in coco['images']}
+    for a in coco['annotations']:
+        found[names[a['image_id']]].append((a['category_id'], a['segmentation']))
+    return found
+
+
+def read_studio(out):
+    found = {}
+    labels = [e.get('value') for e in ET.parse(out / 'config.xml').iter('Label')]
+    assert labels == NAMES
+    for task in read_json(out / 'tasks.json'):
+        rows = []
+        for r in task['predictions'][0]['result']:
+            pixels = unpack_brush(r['value']['rle']).reshape(r['original_height'], r['original_width'], 4)
+            rows.append((1 + NAMES.index(r['value']['brushlabels'][0]), encode_rle(pixels[..., 3] > 0)))
+        found[os.path.basename(task['data']['image'])] = rows
+    return found
+
+
+def read_cvat(out):
+    found, top = {}, ET.parse(out / 'annotations.xml')
+    assert [e.text for e in top.iterfind('meta/job/labels/label/name')] == NAMES
+    for im in top.iterfind('image'):
+        rows = []
+        for m in im.iterfind('mask'):
+            x, y, w, h = (int(m.get(k)) for k in ('left', 'top', 'width', 'height'))
+            whole = np.zeros((int(im.get('height')), int(im.get('width'))), bool)
+            whole[y : y + h, x : x + w] = runs_to_mask([int(v) for v in m.get('rle').split(',')], h, w)
+            rows.append((1 + NAMES.index(m.get('label')), encode_rle(whole)))
+        found[im.get('name')] = rows
+    return found
+
+
+def read_voc(out):
+    found = {}
+    for name in (out / 'ImageSets/Segmentation/trainval.txt').read_text().split():
+        ids, classes = (
+            np.array(Image.open(out / f / f'{name}.png')) for f in ('SegmentationObject', 'SegmentationClass')
+        )
+        found[f'{name}.png'] = of_map(ids, {i: int(classes[ids == i][0]) for i in np.unique(ids).tolist()})
+        assert len(ET.parse(out / f'Annotations/{name}.xml').findall('object')) == len(found[f'{name}.png'])
+    return found
+
+
+def read_png(out):
+    found = {}
+    for path in (out / 'objects').iterdir():
+        ids, classes = np.array(Image.open(path)), np.array(Image.open(out / 'classes' / path.name))
+        found[path.name] = of_map(ids, {i: int(classes[ids == i][0]) for i in np.unique(ids).tolist()})
+    return found
+
+
+READERS = {
+    'coco': read_coco,
+    'coco-panoptic': read_panoptic_files,
+    'yolo': read_yolo_files,
+    'label-studio': read_studio,
+    'cvat': read_cvat,
+    'voc': read_voc,
+    'png': read_png,
+}
+
+
+@pytest.mark.parametrize('source', SOURCES)
+@pytest.mark.parametrize('fmt', READERS)
+def test_every_mask_comes_back(fmt, source, tmp_path):
+    groups = SOURCES[source]()
+    path = write_source(tmp_path, groups)
+    options = dict(images=tmp_path / 'images', val=0.4, link=fmt in E.PLACES)
+    if (fmt, source) == ('voc', 'many'):
+        with pytest.raises(ValueError, match='1.png: 1000 segments, 3 classes; voc holds 254'):
+            E.export(path, tmp_path / 'out', fmt, **options)
+        return
+    counts = E.export(path, tmp_path / 'out', fmt, **options)
+    assert counts == dict(images=len(groups), objects=sum(len(masks) for _, masks in groups))
+    found, ious = READERS[fmt](tmp_path / 'out'), []
+    assert sorted(found) == [f'{i}.png' for i in range(1, len(groups) + 1)]
+    for i, (_, masks) in enumerate(groups, 1):
+        rows = found[f'{i}.png']
+        assert len(rows) == len(masks)
+        if not masks:
+            continue
+        codes = [
+            dict(r, counts=r['counts'] if isinstance(r['counts'], bytes) else r['counts'].encode()) for _, r in rows
+        ]
+        iou = coco_mask.iou([encode_rle(m) for m in masks], codes, [0] * len(codes))
+        assert sorted(iou.argmax(1)) == list(range(len(masks)))
+        assert [rows[j][0] for j in iou.argmax(1)] == [1 + k % 3 for k in range(len(masks))]
+        ious += iou.max(1).tolist()
+    assert min(ious) >= 0.98 and np.median(ious) >= 0.995
+
+
+def files_of(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob('*') if p.is_file() and '.work' not in p.parts}
+
+
+@pytest.mark.parametrize('fmt', ['coco', 'yolo', 'cvat'])
+def test_a_killed_export_goes_on_to_the_same_files(fmt, tmp_path, monkeypatch):
+    path = write_source(tmp_path, SOURCES['usual']())
+    options = dict(images=tmp_path / 'images')
+    E.export(path, tmp_path / 'whole', fmt, **options)
+    one, all_ = E.FORMATS[fmt]
+
+    def killed(job, im):
+        if im['id'] == 3:
+            raise KeyboardInterrupt
+        return one(job, im)
+
+    monkeypatch.setitem(E.FORMATS, fmt, (killed, all_))
+    with pytest.raises(KeyboardInterrupt):
+        E.export(path, tmp_path / 'cut', fmt, **options)
+    assert not list((tmp_path / 'cut').rglob('*.part'))
+    monkeypatch.setitem(E.FORMATS, fmt, (one, all_))
+    E.export(path, tmp_path / 'cut', fmt, **options)
+    whole, cut = files_of(tmp_path / 'whole'), files_of(tmp_path / 'cut')
+    assert whole.keys() == cut.keys()
+    assert [k for k in whole if whole[k] != cut[k] and k.name != 'data.yaml'] == []
+
+
+def test_images_stay_where_they_are(tmp_path):
+    path = write_source(tmp_path, SOURCES['usual']())
+    before = {p: (p.stat().st_ino, p.stat().st_mtime_ns) for p in (tmp_path / 'images').iterdir()}
+    E.export(path, tmp_path / 'plain', 'yolo', images=tmp_path / 'images')
+    assert not [p for p in (tmp_path / 'plain' / 'images').rglob('*') if not p.is_dir()]
+    E.export(path, tmp_path / 'linked', 'yolo', images=tmp_path / 'images', link=True)
+    links = [p for p in (tmp_path / 'linked' / 'images').rglob('*.png')]
+    assert {p.resolve() for p in links} == {p.resolve() for p in before} and all(p.is_symlink() for p in links)
+    assert {p: (p.stat().st_ino, p.stat().st_mtime_ns) for p in before} == before
+    with pytest.raises(ValueError, match='cvat names the images by path'):
+        E.export(path, tmp_path / 'x', 'cvat', images=tmp_path / 'images', link=True)
+
+
+def test_only_what_is_above_the_score(tmp_path):
+    path = write_source(tmp_path, SOURCES['usual'](), score=0.4)
+    assert E.export(path, tmp_path / 'a', 'coco', images=tmp_path / 'images')['objects'] == 0
+    assert E.export(path, tmp_path / 'b', 'coco', images=tmp_path / 'images', score=0.4)['objects'] == 8
+
+
+def test_a_folder_holds_one_export(tmp_path):
+    path = write_source(tmp_path, SOURCES['usual']())
+    E.export(path, tmp_path / 'out', 'coco', images=tmp_path / 'images')
+    for options, what in ((dict(fmt='yolo'), 'format'), (dict(fmt='coco', val=0.5), 'val')):
+        with pytest.raises(ValueError, match=f'another {what}'):
+            E.export(path, tmp_path / 'out', images=tmp_path / 'images', **options)
+    with pytest.raises(ValueError, match='is not empty'):
+        E.export(path, tmp_path / 'images', 'coco')
+
+
+def test_names_that_differ_in_their_folders_alone(tmp_path):
+    for folder in ('a', 'b'):
+        (tmp_path / folder).mkdir()
+        write_png(tmp_path / folder / '1.png', np.zeros((8, 8, 3), np.uint8))
+    images = [dict(id=i, file_name=n, height=8, width=8) for i, n in enumerate(['a/1.png', 'b/1.png', 'a_1.png'], 1)]
+    write_png(tmp_path / 'a_1.png', np.zeros((8, 8, 3), np.uint8))
+    write_json(tmp_path / 'instances.json', dict(images=images, annotations=[], categories=[dict(id=1, name='x')]))
+    E.export(tmp_path / 'instances.json', tmp_path / 'out', 'yolo', val=0)
+    assert len(list((tmp_path / 'out/labels/train').iterdir())) == 3
+
+
+def test_the_command_says_where_images_go(tmp_path, capsys):
+    path = write_source(tmp_path, SOURCES['usual']())
+    command = ['export', str(path), '--format', 'yolo', '--images', str(tmp_path / 'images'), '--out']
+    assert cli.main([*command, str(tmp_path / 'out')]) == 0
+    said = capsys.readouterr().out
+    assert '3 images, 8 objects' in said and 'out/images/SPLIT; --link makes links' in said
+    assert yaml.safe_load((tmp_path / 'out/data.yaml').read_text())['names'] == dict(enumerate(NAMES))
+    assert cli.main(['export', str(path), '--format', 'x', '--out', str(tmp_path / 'y')]) == 1
+    assert 'format must be one of coco, coco-panoptic, yolo' in capsys.readouterr().err
+
+
+def test_files_are_plain_json(tmp_path):
+    path = write_source(tmp_path, SOURCES['usual']())
+    E.export(path, tmp_path / 'out', 'label-studio', images=tmp_path / 'images')
+    tasks = json.loads((tmp_path / 'out/tasks.json').read_text())
+    assert [t['data']['image'].split('?d=')[0] for t in tasks] == ['/data/local-files/'] * 3
+    assert tasks[1]['predictions'][0]['result'] == []
