@@ -144,7 +144,8 @@ def prepare(root:str|Path, # the repository
         (pages/name).parent.mkdir(parents=True, exist_ok=True)
         text = (root/name).read_bytes()
         (pages/name).write_bytes(readme_page(text.decode()).encode() if name.endswith('.md') else text)
-    for png in (root/'nbs').glob('*.png'): shutil.copy(png, pages)
+    for kind in ('*.png', '*.jpg'):
+        for image in (root/'nbs').glob(kind): shutil.copy(image, pages)
     theme = dict(name='material', font=False, features=['navigation.footer', 'content.code.copy'])
     plugins = ['search', {'mkdocs-jupyter': dict(execute=False, include_source=False)}]
     config = dict(site_name='u2seg-notebooks', docs_dir='pages', site_dir='site', use_directory_urls=False,
