@@ -150,7 +150,7 @@ def read_studio(out):
 
 def read_cvat(out):
     found, top = {}, ET.parse(out / 'annotations.xml')
-    assert [e.text for e in top.iterfind('meta/job/labels/label/name')] == NAMES
+    assert [e.text for e in top.iterfind('meta/task/labels/label/name')] == NAMES
     for im in top.iterfind('image'):
         rows = []
         for m in im.iterfind('mask'):

@@ -141,7 +141,7 @@ def cvat_document(names:list[str], images:list[str] # of the classes; the elemen
     "An annotation file of CVAT for images 1.1."
     top = ET.Element('annotations')
     ET.SubElement(top, 'version').text = '1.1'
-    labels = ET.SubElement(ET.SubElement(ET.SubElement(top, 'meta'), 'job'), 'labels')
+    labels = ET.SubElement(ET.SubElement(ET.SubElement(top, 'meta'), 'task'), 'labels')
     for i, name in enumerate(names, 1):
         label, colour = ET.SubElement(labels, 'label'), PALETTE[i % 255].tobytes().hex()
         for k, v in dict(name=name, color=f'#{colour}', type='mask').items(): ET.SubElement(label, k).text = v

@@ -184,11 +184,11 @@ _INWARD = .02    # pixels
 
 def _inward(ring, framed)->np.ndarray: # [n, 2], corners on the edges of pixels; the mask in a frame of void
     out = ring.astype(float)
-    for shift in np.array([[0, 0], [0, 1], [1, 0], [1, 1]])*_INWARD:
-        x, y = np.floor(ring - shift).astype(int).T + 1             # the pixel beside the corner, and the one opposite
-        u, v = np.floor(ring - _INWARD + shift).astype(int).T + 1
+    for shift in np.array([[1, 1], [1, -1], [-1, 1], [-1, -1]])*_INWARD:
+        x, y = np.floor(ring + shift).astype(int).T + 1              # the pixel beside the corner, and the one opposite
+        u, v = np.floor(ring - shift).astype(int).T + 1
         good = framed[y, x] & ~framed[v, u]
-        out[good] = (ring - shift)[good]
+        out[good] = (ring + shift)[good]
     return out
 
 # %% ../nbs/18_polygons.ipynb #polygons
