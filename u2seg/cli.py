@@ -153,17 +153,8 @@ def convert(path:str, out:str='converted', images:str|None=None, folders:list[st
 # %% ../nbs/95_cli.ipynb #name
 def name(csv:str|None=None, port:int=0):
     "Say what the clusters of out/ are, on a page of this machine or in a table; writes names.yaml."
-    from u2seg.gallery import open_gallery, resume
-    from u2seg.name import name_csv, Naming, serve_until_stopped
-    gallery = open_gallery('out')
-    journal = resume('.', gallery)
-    carried, unsure = (len(journal.start.get(k) or {}) for k in ('carried', 'unsure'))
-    if carried or unsure: print(f'from the clusters before: {_count(carried, "name")} carried over, {unsure} unsure')
-    if csv:
-        n = name_csv(csv, gallery, journal, 'out/name')
-        print(f"{csv}: {n['clusters']} clusters, {n['named']} named, {n['discarded']} discarded; look at out/name/")
-    else: serve_until_stopped(Naming(gallery, journal), port)
-    journal.close()
+    from u2seg.name import name_clusters
+    name_clusters(csv, port)
 
 def _name_verb(verb):
     v = verb(name)
