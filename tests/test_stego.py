@@ -1,15 +1,18 @@
 """STEGO against loops that write out its formulas, and its training and files against interruptions and foul input."""
 
 import csv, os, sys, types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from PIL import Image
 
 from u2seg import correspondence, semantic, stego
 from u2seg.correspondence import correspondence_loss, nearest_images, random_partners, random_points, sample, stego_loss
+from u2seg.features import ViTFeatures, write_backbone
 from u2seg.images import normalize, read_image, to_tensor
 from u2seg.kmeans import spherical_kmeans
 from u2seg.labeller import (
@@ -25,7 +28,9 @@ from u2seg.labeller import (
     save_labeller,
     training_view,
 )
+from u2seg.scenes import draw_dataset
 from u2seg.semantic import collect_files, pixel_probs, read_semantic, segment, segmenter, write_semantic
+from u2seg.stage import load_params, run_stage
 from u2seg.stego import (
     check_options,
     fit_kmeans,
@@ -821,6 +826,27 @@ def test_the_stage_takes_a_released_labeller_of_its_own_size_alone(tmp_path):
     check_options(**GOOD | dict(labeller='stego.ckpt'), root=tmp_path)
     with pytest.raises(ValueError, match='or a checkpoint of the official code'):
         check_options(**GOOD | dict(labeller='none.ckpt'), root=tmp_path)
+
+
+def test_the_stage_runs_on_a_released_checkpoint(tmp_path, monkeypatch):
+    "The notebook itself: nothing is trained, the maps are those of the released labeller."
+    repo = Path(__file__).parents[1]
+    (tmp_path / 'nbs').symlink_to(repo / 'nbs')
+    draw_dataset(tmp_path / 'data', seed=1, n_train=6, n_val=2, kinds=('objects',))
+    vit = dict(img_size=32, embed_dim=6, depth=1, num_heads=1, patch_size=8)
+    write_backbone(tmp_path / 'out' / 'features' / 'backbone.safetensors', ViTFeatures(vit).vit, vit)
+    torch.save(dict(state_dict=release_names(), epoch=1), tmp_path / 'stego.ckpt')
+    params = load_params(repo)
+    params['data'] |= dict(root='data', train=['objects/train'], val=['objects/val'])
+    params['stego'] |= dict(labeller='stego.ckpt', feature='patches', n_classes=27, size=64, crf=None, n_procs=1)
+    (tmp_path / 'params.yaml').write_text(yaml.safe_dump(params))
+    monkeypatch.chdir(tmp_path)
+    run_stage('stego', tmp_path)
+    used, _ = load_labeller(tmp_path / 'out' / 'stego' / 'head.safetensors')
+    x = torch.randn(1, 6, 3, 3, generator=G(1))
+    assert torch.equal(used.code(x), load_stego_checkpoint(tmp_path / 'stego.ckpt')[0].code(x))
+    assert len(list((tmp_path / 'out' / 'stego' / 'semantic').glob('*.png'))) == 6
+    assert (tmp_path / 'out' / 'stego' / 'log.csv').read_text() == 'step,loss\n'
 
 
 def test_published_settings_are_complete_sections():
