@@ -1,6 +1,10 @@
-"Scores of models and predictions: figures and scratch of stage evaluate."
+"Scores of models and predictions, of files of any origin; figures and scratch of stage evaluate."
 
+import contextlib
+import gzip
+import io
 import itertools
+import json
 import pickle
 from functools import partial
 from pathlib import Path
@@ -9,14 +13,22 @@ import numpy as np
 import pytest
 import yaml
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from u2seg.baselines import ImagePrediction, pack
 from u2seg.classes import COCO_PANOPTIC
 from u2seg.figures import class_figure, usage_figure, votes_figure
+from u2seg.folder import predict_folder
 from u2seg.results import COLUMNS, HEAD, headline
+from u2seg.scenes import draw_dataset
+from u2seg.score import evaluate_files, find_truths
 from u2seg.shards import run_all
+from u2seg.truth import truth_map
 
 REPO = Path(__file__).resolve().parent.parent
+DATA = REPO / 'tests' / 'data'
 
 
 def test_a_prediction_is_pickled_as_small_as_it_is_held():
@@ -68,3 +80,102 @@ def test_runs_are_compared_by_ten_numbers_of_one_file():
     assert sum(len(group) for group in numbers.values()) == 10
     rows[0]['mask_AP50'] = 0.7  # a/val, U2Seg, named on training images, by vote
     assert headline(rows)['a/val'] == dict(mask_AP50=0.7)
+
+
+def evaluated(data, tmp_path, **options):
+    "The scores of the one split, and those of its classes."
+    evaluate_files(data, out=tmp_path / 'evaluated', **options)
+    (split,) = json.loads((tmp_path / 'evaluated' / 'scores.json').read_text()).values()
+    return split['scores'], split['classes']
+
+
+def test_two_panoptic_files_score_as_panopticapi_scores_them(tmp_path):
+    golden = json.loads((DATA / 'pq' / 'golden.json').read_text())
+    scores, classes = evaluated(DATA / 'pq' / 'coco_gt.json', tmp_path, predictions=DATA / 'pq' / 'coco_pred.json')
+    for group, end in (('All', ''), ('Things', '_things'), ('Stuff', '_stuff')):
+        for k in ('pq', 'sq', 'rq'):
+            assert scores['given'][f'{k.upper()}{end}'] == pytest.approx(golden[group][k], abs=1e-9)
+    seen = [s['PQ'] for s in classes['given'].values() if 'PQ' in s]
+    assert np.mean(seen) == pytest.approx(golden['All']['pq'], abs=1e-9)
+
+
+@pytest.mark.parametrize('iou_type,kind', [('segm', 'mask'), ('bbox', 'box')])
+def test_results_score_as_pycocotools_scores_them_class_by_class(iou_type, kind, tmp_path):
+    for name in ('instances_val2014_100', f'instances_val2014_fake{iou_type}100_results'):
+        text = gzip.decompress((DATA / 'ap' / f'{name}.json.gz').read_bytes())
+        (tmp_path / f'{name}.json').write_bytes(text)
+    truth, results = tmp_path / 'instances_val2014_100.json', tmp_path / f'{name}.json'
+    scores, classes = evaluated(truth, tmp_path, predictions=results)
+    with contextlib.redirect_stdout(io.StringIO()):
+        theirs = COCOeval(gt := COCO(truth), gt.loadRes(str(results)), iou_type)
+        theirs.params.imgIds = gt.getImgIds()
+        theirs.evaluate()
+        theirs.accumulate()
+        theirs.summarize()
+    for k, i in (('AP', 0), ('AP50', 1), ('AP75', 2), ('AR100', 8)):
+        assert scores['given'][f'{kind}_{k}'] == pytest.approx(theirs.stats[i], abs=1e-9)
+    precision = theirs.eval['precision'][..., 0, 2]  # threshold, recall, class
+    for c, of_class in zip(theirs.params.catIds, np.moveaxis(precision, -1, 0)):
+        name = gt.cats[c]['name']
+        if (of_class > -1).any():
+            assert classes['given'][name][f'{kind}_AP'] == pytest.approx(of_class[of_class > -1].mean(), abs=1e-9)
+        else:
+            assert f'{kind}_AP' not in classes['given'].get(name, {})
+
+
+@pytest.fixture(scope='module')
+def drawn(tmp_path_factory):
+    root = tmp_path_factory.mktemp('drawn')
+    draw_dataset(root, seed=3, n_train=4, n_val=4, kinds=('scenes',))
+    return root
+
+
+def test_a_model_and_the_folder_that_it_writes_have_the_same_scores(drawn, tmp_path):
+    model = REPO / 'out' / 'train'
+    if not (model / 'model.safetensors').is_file():
+        pytest.skip('out/train is not here: dvc pull out/train/model.safetensors out/train/model.yaml')
+    predict_folder(drawn / 'scenes' / 'val', model, tmp_path / 'segmented', device='cpu')
+    ours, _ = evaluated(drawn / 'scenes' / 'val', tmp_path, weights=model, device='cpu')
+    theirs, _ = evaluated(drawn / 'scenes', tmp_path, predictions=tmp_path / 'segmented', clusters=True)
+    assert set(ours) == set(theirs) == {'vote', 'hungarian'}
+    assert ours['vote']['agnostic_mask_AR100'] > 0
+    for way, scores in ours.items():
+        for k, v in scores.items():
+            if (
+                'PixelAcc' not in k and 'mIoU' not in k and k not in ('mACC', 'fwIoU')
+            ):  # of a model stuff fills the void
+                assert theirs[way][k] == pytest.approx(v, abs=1e-6), (way, k)
+
+
+def test_semantic_maps_alone_are_scored(drawn, tmp_path):
+    ((_, truth),) = find_truths(drawn / 'scenes' / 'val')
+    (tmp_path / 'mine' / 'semantic').mkdir(parents=True)
+    wrong = truth.images[0]['id']
+    for a, im in zip(truth.panoptic['annotations'], truth.images):
+        labels = truth_map(truth, a['image_id']).astype(np.uint8)
+        if im['id'] == wrong:
+            labels[:] = 0
+        Image.fromarray(labels).save(tmp_path / 'mine' / 'semantic' / f"{Path(im['file_name']).stem}.png")
+    scores, _ = evaluated(drawn / 'scenes', tmp_path, predictions=tmp_path / 'mine')
+    assert set(scores) == {'given'} and scores['given']['PixelAcc'] == pytest.approx(0.75, abs=0.02)
+    assert 'PQ' not in scores['given'] and 'mask_AP' not in scores['given']
+
+
+def test_what_cannot_be_scored_is_said_in_a_sentence(drawn, tmp_path):
+    panoptic = drawn / 'scenes' / 'annotations' / 'panoptic_val.json'
+    few = json.loads(panoptic.read_text())
+    few['annotations'] = few['annotations'][1:]
+    (tmp_path / 'few.json').write_text(json.dumps(few))
+    (tmp_path / 'few').symlink_to(panoptic.with_suffix(''))
+    (tmp_path / 'words.json').write_text('{"a": 1}')
+    for options, message in [
+        (dict(predictions=tmp_path / 'few.json'), 'has no prediction for image 1 '),
+        (dict(predictions=tmp_path / 'words.json'), 'neither COCO results nor a panoptic file'),
+        (dict(predictions=tmp_path), 'holds no predictions'),
+        (dict(), 'name what is to be scored'),
+        (dict(predictions=panoptic, weights='x'), 'name what is to be scored'),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            evaluate_files(panoptic, out=tmp_path / 'evaluated', **options)
+    with pytest.raises(ValueError, match='no ground truth; it is looked for in'):
+        evaluate_files(tmp_path, predictions=panoptic)

@@ -19,6 +19,7 @@ from .classes import COCO_PANOPTIC, STUFF15, supercategories
 from .evaluate import (
     _confusion, _iou_types, _panoptic_scores, _scored_instances, Mapping, count_votes, label_counts, name_clusters,
     score, score_agnostic)
+from .fields import image_key
 from .folder import _digest
 from .images import read_json, write_json
 from .masks import mask_to_box, read_ids
@@ -90,7 +91,7 @@ def _match_images(images, truth):
         name = im.get('file_name')
         near = of_stem[Path(name).stem] if name else []
         same = [t['id'] for t in near if _path(t['file_name']).endswith(_path(name))]
-        if len(same) == 1: out[im['id']] = same[0]
+        if len(same) == 1: out[image_key(im['id'])] = same[0]
     return out or {**{k: n for k, n in truth.panoptic.ids.items() if n in own}, **own}
 
 # %% ../nbs/67_score.ipynb #panoptic_predictions
@@ -98,8 +99,9 @@ def _panoptic(coco, folder, truth, numbers, things, stuff):
     "Image id -> ids, segments, stuff map."
     index = {c: i for i, c in enumerate([*things, *stuff], 1)}
     out = {}
-    for a in read_panoptic(coco, None if 'categories' in coco else truth.panoptic)['annotations']:
-        if a['image_id'] not in numbers: continue
+    own = truth.panoptic.but(categories=coco.get('categories', truth.panoptic['categories']))
+    own.ids = {i: i for i in numbers}
+    for a in read_panoptic(coco, own)['annotations']:
         ids = read_ids(Path(folder)/a['file_name'])
         segments = [dict(s, category_id=index[s['category_id']]) for s in a['segments_info']]
         of_stuff = {s['id']: max(s['category_id'] - len(things), 0) for s in segments}
@@ -118,10 +120,10 @@ def _whole(out, truth, where):
     return out
 
 def _semantic(folder, truth, categories):
-    files = [dict(id=p, file_name=p.relative_to(folder).as_posix()) for p in sorted(Path(folder).rglob('*.png'))]
+    files = [dict(id=str(p), file_name=p.relative_to(folder).as_posix()) for p in sorted(Path(folder).rglob('*.png'))]
     table = {c: i for i, c in enumerate(categories, 1)}
     out = {number: dict(semantic=pack(remap(read_semantic(path), table, other=0).astype(np.uint8)))
-           for path, number in _match_images(files, truth).items() if isinstance(path, Path)}
+           for path, number in _match_images(files, truth).items() if isinstance(path, str)}
     return _whole(out, truth, folder)
 
 # %% ../nbs/67_score.ipynb #instances_predictions
@@ -129,8 +131,8 @@ def _instances(rows, truth, numbers, things):
     "Image id -> detections of the categories that are known, category_id = cluster + 1."
     index, out = {c: i for i, c in enumerate(things, 1)}, defaultdict(list)
     for a in rows:
-        if a.get('image_id') in numbers and a.get('category_id') in index:
-            i = numbers[a['image_id']]
+        i = numbers.get(image_key(a.get('image_id')))
+        if i is not None and a.get('category_id') in index:
             out[i].append(dict(a, image_id=i, category_id=index[a['category_id']]))
     return out
 
