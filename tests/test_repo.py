@@ -238,6 +238,18 @@ def test_the_package_cannot_be_taken_for_the_authors():
     assert 'independent implementation' in first
 
 
+def test_the_outputs_that_texts_name_are_outputs():
+    "A path below out/ in README, a recipe or a page for users is an output of a stage, or lies in one."
+    texts = [root / 'README.md', *(root / 'configs').glob('*.yaml'), *(root / 'nbs').glob('9*.ipynb')]
+    stages = yaml.safe_load((root / 'dvc.yaml').read_text())['stages'].values()
+    entries = [o for s in stages for key in ('outs', 'plots', 'metrics') for o in s.get(key, [])]
+    outputs = {o if isinstance(o, str) else next(iter(o)) for o in entries}
+    for text in texts:
+        named = re.findall(r'\bout/[a-z]+/[\w/]+\.(?:png|jpg|csv|json|md|npy|safetensors|yaml)', text.read_text())
+        for path in named:
+            assert {path, *map(str, Path(path).parents)} & outputs, (text.name, path)
+
+
 def test_the_citation_names_this_version_and_the_paper():
     cff, own = yaml.safe_load((root / 'CITATION.cff').read_text()), settings()
     assert cff['version'] == own['version'] and cff['title'].startswith(own['lib_name'])
