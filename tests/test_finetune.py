@@ -1,0 +1,93 @@
+"Fine-tuning: labels in every form, what is refused; and which images to label."
+
+import numpy as np
+import pytest
+import torch
+
+from u2seg import finetune as F
+from u2seg.checkpoints import save_weights
+from u2seg.export import export
+from u2seg.images import read_json, write_json, write_png
+from u2seg.masks import encode_rle, instances_json
+from u2seg.model import build_model
+from u2seg.suggest import suggest
+
+CONFIG = dict(
+    depth=18,
+    n_things=4,
+    n_stuff=0,
+    width=8,
+    n_blocks=[1, 1, 1, 1],
+    fpn_channels=16,
+    fc_dim=16,
+    mask_dim=8,
+    n_mask_convs=1,
+    anchor_sizes=[8, 16, 24, 32, 48],
+    roi_batch=8,
+    rpn_batch=16,
+    min_size=32,
+    max_size=32,
+)
+
+
+@pytest.fixture
+def data(tmp_path):
+    "Eight labelled images, one without a label, and a model of four clusters."
+    rng = np.random.default_rng(0)
+    images, annotations = [], []
+    for i in range(1, 10):
+        image, mask = rng.integers(0, 60, (32, 32, 3), dtype=np.uint8), np.zeros((32, 32), bool)
+        y, x = rng.integers(0, 20, 2)
+        mask[y : y + 12, x : x + 12] = True
+        image[mask] = 230
+        write_png(tmp_path / f'{i}.png', image)
+        images.append(dict(id=i, file_name=f'{i}.png', height=32, width=32))
+        if i < 9:
+            annotations.append(dict(image_id=i, category_id=7 - i % 2, segmentation=encode_rle(mask)))
+    names = [dict(id=6, name='<square>'), dict(id=7, name='ריבוע')]
+    write_json(tmp_path / 'labels.json', instances_json(images, annotations, names))
+    torch.manual_seed(0)
+    save_weights(build_model(CONFIG), tmp_path / 'base' / 'model.safetensors')
+    return tmp_path
+
+
+def summary(truth):
+    "Names of classes, and of each image its file's name and its segments' classes."
+    images = [im['file_name'].split('/')[-1] for im in truth.images]
+    classes = [[truth.names[s['category_id']] for s in a['segments_info']] for a in truth.panoptic['annotations']]
+    return [*truth.names.values()], dict(zip(images, classes))
+
+
+def test_labels_in_every_form_are_the_same(data):
+    whole = summary(F.read_labels(data / 'labels.json')[0])
+    assert whole[0] == ['<square>', 'ריבוע'] and len(whole[1]) == 8 and '9.png' not in whole[1]
+    for fmt, name in (
+        ('coco', 'instances_train.json'),
+        ('coco-panoptic', 'panoptic_train.json'),
+        ('yolo', 'data.yaml'),
+    ):
+        export(data / 'labels.json', data / fmt, fmt, val=0, link=fmt == 'yolo')
+        truth, root = F.read_labels(data / fmt / name, data)
+        assert summary(truth) == whole, fmt
+
+
+def test_too_few_labels_and_absent_maps_are_refused(data):
+    few = read_json(data / 'labels.json')
+    write_json(data / 'few.json', few | dict(annotations=few['annotations'][:4]))
+    with pytest.raises(ValueError, match='few.json: 4 images with labels; fine-tuning needs five or more'):
+        F.read_labels(data / 'few.json')
+    panoptic = dict(images=few['images'], annotations=[dict(image_id=1, file_name='a.png', segments_info=[])])
+    write_json(data / 'p.json', panoptic | dict(categories=[dict(c, isthing=1) for c in few['categories']]))
+    with pytest.raises(ValueError, match='no such folder with the maps of p.json'):
+        F.read_labels(data / 'p.json')
+
+
+def test_what_is_labelled_is_not_suggested():
+    images = [dict(id=i, file_name=f'{i}.jpg', height=9, width=9) for i in range(1, 7)]
+    rows = [dict(image_id=i, category_id=1 + i // 4, score=0.8, bbox=[0, 0, 4, 4]) for i in range(1, 7)]
+    coco = dict(images=images, annotations=rows, categories=[dict(id=1, name='a'), dict(id=2, name='b')])
+    first = suggest(coco, 2)
+    assert {int(n[0]) // 4 for n in first} == {0, 1}, 'one of each cluster'
+    assert not {*suggest(coco, 4, labelled=first)} & {*first}
+    with pytest.raises(ValueError, match=r'1 ... 4'):
+        suggest(coco, 5, labelled=first)
