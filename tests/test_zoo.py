@@ -301,6 +301,22 @@ def test_the_command_line_lists_fetches_and_says_what_was_meant(server, tmp_path
         assert capsys.readouterr().err.endswith(f'; did you mean {meant}? (u2seg --help)\n')
 
 
+def test_what_is_no_model_is_not_called_weights_of_ones_own(server, tmp_path, capsys):
+    photo(tmp_path / 'photo.png')
+    assert main(['predict', 'photo.png', '--weights', 'cutlre']) == 1
+    got = capsys.readouterr()
+    assert got.out == '' and got.err.startswith("u2seg: nothing is called 'cutlre'; did you mean cutler")
+
+
+def test_help_is_shown_without_a_verb_and_named_after_a_mistake(capsys):
+    with pytest.raises(SystemExit) as e:
+        main([])
+    assert e.value.code == 0 and capsys.readouterr().out.startswith('usage: u2seg ')
+    with pytest.raises(SystemExit) as e:
+        main(['predict'])
+    assert e.value.code == 2 and capsys.readouterr().err.endswith('images (u2seg predict --help)\n')
+
+
 def photo(path, h=300, w=400):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (h, w, 3), dtype=np.uint8)).save(path)
 

@@ -274,7 +274,7 @@ class _Parser(argparse.ArgumentParser):
         near = difflib.get_close_matches(wrong[1] or wrong[2], self.words, 1) if wrong else []
         said = f'there is no {wrong[1] or wrong[2]!r}' if wrong else message
         meant = f'; did you mean {near[0]}?' if near else ''
-        self.exit(2, f'u2seg: {said}{meant} (u2seg --help)\n')
+        self.exit(2, f'u2seg: {said}{meant} ({self.prog} --help)\n')
 
 def _epilog(verbs): # title -> [(name, what it does)]
     wide = max(len(name) for group in verbs.values() for name, _ in group)
@@ -310,7 +310,8 @@ def parser()->argparse.ArgumentParser:
 # %% ../nbs/95_cli.ipynb #main
 def main(argv:list[str]|None=None)->int: # exit status
     "Run the command line; a user's mistake is one sentence."
-    args = vars(parser().parse_args(argv))
+    argv = sys.argv[1:] if argv is None else argv
+    args = vars(parser().parse_args(argv or ['--help']))
     fn, _ = args.pop('fn'), args.pop('verb')
     try: fn(**args)
     except (ValueError, OSError) as e:    # OSError: a full or read-only disk is not the program's fault

@@ -114,7 +114,8 @@ def fetch(url:str,       # http or https
     for i in range(n_tries):
         try: _fetch_once(url, part, timeout, path.name); break
         except (OSError, http.client.HTTPException) as e:
-            last = f'{type(e).__name__}: {e}; call again to go on from {part.name}'
+            go_on = f' to go on from {part.name}' if part.exists() else ''
+            last = f'{type(e).__name__}: {e}; call again{go_on}'
             if i == n_tries - 1: raise ValueError(f'{url}: failed {n_tries} times, the last with {last}') from None
             time.sleep(pause*i)
     if md5 is not None and (got := digest(part)) != md5:

@@ -188,8 +188,9 @@ def default_weights()->str: # for `from_pretrained`
     return './out/train' if Path('out/train/model.safetensors').is_file() else 'embedded'
 
 def about(weights:str|Path)->str:
-    "One line: what it is, what it has seen, its licence."
+    "One line: what it is, what it has seen, its licence; `ValueError` for what is neither a name nor there."
     name = known_as(weights)
+    if not name and not Path(weights).exists(): check_known(str(weights), MODELS)
     if not name: return f'{weights}: weights of your own'
     w = WEIGHTS[name]
     return f'{name}: {w["what"]}; images: {w["images"]}; labels: {w["labels"]}; licence: {w["licence"]}'
