@@ -104,3 +104,12 @@ def test_a_stage_leaves_the_environment_as_it_was():
     with _environment(exact.PINS):
         assert os.environ['MKL_CBWR'] == 'COMPATIBLE'
     assert dict(os.environ) == before
+
+
+@needs_avx2
+def test_opencv_is_held_to_avx2_without_a_word():
+    script = 'import cv2, numpy as np; cv2.blur(np.ones((64, 64), np.float32), (3, 3)); print(cv2.getCPUFeaturesLine())'
+    env = os.environ | exact.PINS
+    p = subprocess.run([sys.executable, '-c', script], env=env, capture_output=True, text=True, check=True)
+    assert p.stderr == ''  # it warns of names that it does not know
+    assert all(f.endswith('?') for f in p.stdout.split() if 'AVX512' in f)  # '?': not there, or switched off

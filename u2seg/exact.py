@@ -18,7 +18,7 @@ PINS = dict(ATEN_CPU_CAPABILITY='avx2',
             NPY_DISABLE_CPU_FEATURES='X86_V4 AVX512_ICL AVX512_SPR',
             NUMBA_CPU_NAME='haswell', NUMBA_CPU_FEATURES='',
             FAISS_OPT_LEVEL='avx2', FAISS_SIMD_LEVEL='AVX2',
-            OPENCV_CPU_DISABLE='AVX512_SKX', OPENCV_IPP='disabled')
+            OPENCV_CPU_DISABLE='AVX512-SKX', OPENCV_IPP='disabled', OPENCV_LOG_LEVEL='ERROR')
 
 # %% ../nbs/04_exact.ipynb #arithmetic
 KINDS = 'exact', 'fast'
