@@ -12,6 +12,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import yaml
 
+from test_name import browser  # noqa: F401, a fixture
 from u2seg import site
 
 root = Path(__file__).parents[1]
@@ -170,3 +171,30 @@ def test_no_broken_link_or_image(tmp_path):
         broken = [(p, l) for p, l in broken if not re.match(r'(\.\./)?\d\d_\w+\.(html|ipynb)', l)]  # left out
     assert len(pages) > 10 and not broken, broken[:20]
     assert all(len(' '.join(page.text)) > 200 for page in pages.values())
+
+
+SHOWN = "[...document.querySelectorAll('math')].filter(m => m.getBoundingClientRect().width > 0).length"
+ERRORS = "document.querySelectorAll('merror').length"
+WIDER = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+
+
+def test_formulas_are_shown_and_nothing_is_cut_off(tmp_path, browser):  # noqa: F811
+    built = os.environ.get('U2SEG_SITE')
+    if not built:
+        pytest.importorskip('mkdocs', reason='mkdocs is not installed: make docs installs it')
+        site.prepare(root, tmp_path / 'docs')
+    folder = (Path(built) if built else build(tmp_path / 'docs')).resolve()
+    pages = [p for p in sorted(folder.glob('*.html')) if p.name != '404.html']
+    shown = 0
+    for width in (1400, 690, 400):
+        size = dict(width=width, height=900, deviceScaleFactor=1, mobile=False)
+        browser('POST', '/goog/cdp/execute', cmd='Emulation.setDeviceMetricsOverride', params=size)
+        for page in pages:
+            browser('POST', '/url', url=page.as_uri())
+            notebook = root / 'nbs' / f'{page.stem}.ipynb'
+            if notebook.exists():
+                assert browser.run(SHOWN) == written(notebook), page.name
+                shown += written(notebook)
+            assert browser.run(ERRORS) == 0 and browser.run(WIDER) <= 0, (page.name, width)
+    browser('POST', '/goog/cdp/execute', cmd='Emulation.clearDeviceMetricsOverride', params={})
+    assert shown > 0

@@ -159,7 +159,8 @@ def linked_files(readme:str)->list[str]:
     return sorted({l for l in links if not re.match(r'https?://|nbs/', l)})
 
 def readme_page(readme:str)->str:
-    "README for the site: notebooks and figures lie beside it."
+    "README for the site: notebooks and figures lie beside it; Markdown within HTML is read as Markdown."
+    readme = readme.replace('<details>', '<details markdown="1">')
     return re.sub(r'\]\(nbs/([^)]+)\)', r'](\1)', readme)
 
 # %% ../nbs/96_site.ipynb #navigation
@@ -181,6 +182,7 @@ STYLE = """\
   min-width: 0; max-width: 100%; overflow-x: auto }
 .jupyter-wrapper .jp-RenderedHTMLCommon table { display: block; max-width: 100%; overflow-x: auto }
 .jupyter-wrapper .jp-RenderedHTMLCommon :is(td, th) { white-space: nowrap; max-width: none }
+.jupyter-wrapper .jp-CodeCell pre { font-size: .58rem }
 .jupyter-wrapper img { max-width: 100%; height: auto }
 .jupyter-wrapper :is(p, li) code, .md-typeset :is(p, li, td) code { overflow-wrap: anywhere }
 @media (min-width: 76.25em) { .md-grid { max-width: 84rem } }
@@ -213,8 +215,9 @@ def prepare(root:str|Path, # the repository
         for image in (root/'nbs').glob(kind): shutil.copy(image, pages)
     (pages/'style.css').write_text(STYLE)
     theme = dict(name='material', font=False, features=['navigation.footer', 'content.code.copy'])
-    plugins = ['search', {'mkdocs-jupyter': dict(execute=False, include_source=False)}]
+    plugins = ['search', {'mkdocs-jupyter': dict(execute=False, include_source=False, no_prompt=True)}]
     config = dict(site_name='u2seg-notebooks', docs_dir='pages', site_dir='site', use_directory_urls=False,
                   theme=theme, plugins=plugins, nav=navigation(book), extra_css=['style.css'],
-                  hooks=[str(Path(__file__).resolve())], markdown_extensions=['tables', 'attr_list', 'fenced_code'])
+                  hooks=[str(Path(__file__).resolve())],
+                  markdown_extensions=['tables', 'attr_list', 'fenced_code', 'md_in_html'])
     (to/'mkdocs.yml').write_text(yaml.safe_dump(config, sort_keys=False))
