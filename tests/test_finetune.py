@@ -89,5 +89,6 @@ def test_what_is_labelled_is_not_suggested():
     first = suggest(coco, 2)
     assert {int(n[0]) // 4 for n in first} == {0, 1}, 'one of each cluster'
     assert not {*suggest(coco, 4, labelled=first)} & {*first}
+    assert suggest(coco, None, labelled=first) == suggest(coco, 4, labelled=first), 'all that are left'
     with pytest.raises(ValueError, match=r'1 ... 4'):
         suggest(coco, 5, labelled=first)

@@ -308,6 +308,13 @@ def test_what_is_no_model_is_not_called_weights_of_ones_own(server, tmp_path, ca
     assert got.out == '' and got.err.startswith("u2seg: nothing is called 'cutlre'; did you mean cutler")
 
 
+@pytest.mark.parametrize('verb', ['run train', 'dvc', 'use photos', 'use', 'publish', 'publish train', 'sweep seeds'])
+def test_a_verb_of_the_pipeline_does_nothing_elsewhere_and_says_so(verb, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(verb.split()) == 1 and 'run this in the folder of the repository' in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
+
+
 def test_help_is_shown_without_a_verb_and_named_after_a_mistake(capsys):
     with pytest.raises(SystemExit) as e:
         main([])

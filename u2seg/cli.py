@@ -110,7 +110,7 @@ def export(predictions:str, format:str, out:str='exported', images:str|None=None
     if format in PLACES and not link:
         print(f"images, or links to them, belong in {out}/{PLACES[format].format(split='SPLIT')}; --link makes links")
 
-def suggest(predictions:str, n:int=20, labelled:str|None=None):
+def suggest(predictions:str, n:int|None=None, labelled:str|None=None):
     "Which images to label first: names, the most useful first."
     from u2seg.suggest import labelled_images, suggest
     path = Path(predictions)
@@ -243,7 +243,7 @@ def _label_verbs(verb):
     v.add_argument('--link', action='store_true', help='yolo, voc: make links to the images')
     v = verb(suggest)
     v.add_argument('predictions', help='a folder of u2seg predict, or a file of COCO instances')
-    v.add_argument('--n', type=int, default=20, help='images (default: 20)')
+    v.add_argument('--n', type=int, help='images (default: 20, or all if fewer are left)')
     v.add_argument('--labelled', help='labels that exist: their images count, and are not suggested')
     v = verb(finetune)
     v.add_argument('--labels', required=True, help='COCO instances or panoptic, .json; or data.yaml of YOLO')
@@ -313,7 +313,10 @@ def main(argv:list[str]|None=None)->int: # exit status
     argv = sys.argv[1:] if argv is None else argv
     args = vars(parser().parse_args(argv or ['--help']))
     fn, _ = args.pop('fn'), args.pop('verb')
-    try: fn(**args)
+    try:
+        if fn in (run, dvc, use, publish, sweep) and not (Path('nbs').is_dir() or Path('configs').is_dir()):
+            raise ValueError('neither nbs/ nor configs/ is here: run this in the folder of the repository')
+        fn(**args)
     except (ValueError, OSError) as e:    # OSError: a full or read-only disk is not the program's fault
         print(f'u2seg: {e}', file=sys.stderr)
         return 1

@@ -41,13 +41,14 @@ def worth(a:np.ndarray,      # of `evidence`
     return float((np.sqrt(a.sum(0))*np.log1p(a[chosen].sum(0))).sum())
 
 def suggest(instances:str|Path|dict, # COCO instances with scores
-            n:int,                   # images
+            n:int|None,              # images; None: 20, or all if fewer are left
             *, labelled:list[str]=(), # file names
             )->list[str]:            # file names, the most useful first
     "The images to label first; `ValueError` if `n` are not left."
     a, images = evidence(instances)
     names, done = [im['file_name'] for im in images], {*labelled}
     free = np.array([name not in done for name in names], bool)
+    if n is None: n = min(20, int(free.sum()))
     if not 1 <= n <= free.sum():
         raise ValueError(f'n must lie in 1 ... {free.sum()}, the number of images without labels, got {n}')
     weights, covered = np.sqrt(a.sum(0)), a[~free].sum(0)
