@@ -215,7 +215,8 @@ def prepare(root:str|Path, # the repository
         for image in (root/'nbs').glob(kind): shutil.copy(image, pages)
     (pages/'style.css').write_text(STYLE)
     theme = dict(name='material', font=False, features=['navigation.footer', 'content.code.copy'])
-    plugins = ['search', {'mkdocs-jupyter': dict(execute=False, include_source=False, no_prompt=True)}]
+    notebook = dict(execute=False, include_source=False, no_prompt=True, ignore_h1_titles=True)
+    plugins = ['search', {'mkdocs-jupyter': notebook}]
     config = dict(site_name='u2seg-notebooks', docs_dir='pages', site_dir='site', use_directory_urls=False,
                   theme=theme, plugins=plugins, nav=navigation(book), extra_css=['style.css'],
                   hooks=[str(Path(__file__).resolve())],
