@@ -2,8 +2,11 @@
 
 import argparse
 import http.server
+import os
 import pickle
 import re
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -419,3 +422,18 @@ def test_maskcut_refuses_what_is_no_vit(tmp_path, backbone, message, capsys, mon
     err = capsys.readouterr().err
     assert message in err and err.count('\n') == 1
     assert not (tmp_path / 'sprung').exists() and not (tmp_path / 'cut').exists()
+
+
+def test_without_a_network_maskcut_names_a_file_that_will_do(tmp_path):
+    photo(tmp_path / 'photo.png')
+    env = os.environ | dict(HF_HUB_OFFLINE='1', HF_HOME=str(tmp_path / 'hub'), PYTHONPATH=str(root))
+    run = subprocess.run(
+        [sys.executable, '-m', 'u2seg.cli', 'maskcut', 'photo.png'],
+        cwd=tmp_path,
+        env=env,
+        text=True,
+        capture_output=True,
+    )
+    last = run.stderr.strip().split('\n')[-1]
+    assert run.returncode == 1 and last.startswith('u2seg: vit_small_patch8_224.dino: timm cannot download it')
+    assert f"u2seg download dino-vits8, --backbone weights/{zoo.WEIGHTS['dino-vits8']['file']}" in last

@@ -49,7 +49,8 @@ def _downloaded(name): # by timm
     interpolation = 'dino' if own and own.name == 'DINO' else 'timm'       # of positions, as the family's code does it
     try: return ViTFeatures(name, 'timm', interpolation=interpolation)
     except OSError as e:
-        raise ValueError(f'{name}: timm cannot download it ({str(e).splitlines()[0][:150]})') from None
+        way_out = 'a file will do: u2seg download dino-vits8, --backbone weights/dino_deitsmall8_300ep_pretrain.pth'
+        raise ValueError(f'{name}: timm cannot download it; {way_out} ({str(e).splitlines()[0][:150]})') from None
 
 # %% ../nbs/66_cut.ipynb #cut_options
 _DINO = 'vit_small_patch8_224.dino'   # 22 million weights
