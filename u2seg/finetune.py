@@ -92,8 +92,8 @@ class Plan:
     n_rounds:int=4
 
     def __post_init__(self):
-        if self.n_iters < self.n_rounds:
-            raise ValueError(f'n_iters must be {self.n_rounds} or more, got {self.n_iters}')
+        least = self.n_rounds
+        if self.n_iters < least: raise ValueError(f'n_iters must be {least} or more, got {self.n_iters}')
         if not self.lr > 0: raise ValueError(f'lr must be positive, got {self.lr}')
 
 def plan(n:int,     # images to train on
@@ -102,8 +102,7 @@ def plan(n:int,     # images to train on
          )->Plan:
     batch_size = min(8, n)
     if n_iters is None: n_iters = round(60*n**.5)
-    if lr is None: lr = .002*24/width*(batch_size/8)**.5
-    return Plan(n_iters, lr, batch_size)
+    return Plan(n_iters, .002*24/width*(batch_size/8)**.5 if lr is None else lr, batch_size)
 
 # %% ../nbs/99_finetune.ipynb #solver
 def _solver(p, k): # of round k
