@@ -219,6 +219,6 @@ def prepare(root:str|Path, # the repository
     plugins = ['search', {'mkdocs-jupyter': notebook}]
     config = dict(site_name='u2seg-notebooks', docs_dir='pages', site_dir='site', use_directory_urls=False,
                   theme=theme, plugins=plugins, nav=navigation(book), extra_css=['style.css'],
-                  hooks=[str(Path(__file__).resolve())],
+                  hooks=[importlib.util.find_spec('u2seg.site').origin],
                   markdown_extensions=['tables', 'attr_list', 'fenced_code', 'md_in_html'])
     (to/'mkdocs.yml').write_text(yaml.safe_dump(config, sort_keys=False))
