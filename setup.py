@@ -10,6 +10,9 @@ parser = ConfigParser(delimiters=['='], interpolation=None)
 parser.read(root/'settings.ini', encoding='utf-8')
 cfg = parser['DEFAULT']
 
+extras = {k: shlex.split(cfg[f'{k}_requirements']) for k in ('pipeline', 'dev', 'docs')}
+extras['dev'] += extras['pipeline']                             # a clone has all but what makes the site
+
 setup(
     name=cfg['lib_name'],                    # the distribution; the package is imported as u2seg
     version=cfg['version'],
@@ -24,5 +27,5 @@ setup(
     python_requires='>=' + cfg['min_python'],
     zip_safe=False,
     install_requires=shlex.split(cfg['requirements']),
-    extras_require={k: shlex.split(cfg[f'{k}_requirements']) for k in ('dev', 'docs')},
+    extras_require=extras,
     entry_points={'console_scripts': shlex.split(cfg['console_scripts'])})

@@ -5,6 +5,7 @@ import configparser
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -276,3 +277,21 @@ def test_public_ci_and_hooks_call_what_is_here():
     assert job['steps'][-1] == {'run': 'make test'} and '\ntest: ' in (root / 'Makefile').read_text()
     hooks = yaml.safe_load((root / '.pre-commit-config.yaml').read_text())['repos'][0]['hooks']
     assert [h['id'] for h in hooks] == ['nbdev_clean', 'nbdev_export']
+
+
+def test_who_only_predicts_needs_no_pipeline():
+    "The base requirements are enough to predict, cut, export and convert; other verbs say what is missing."
+    script = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in sys.argv[1].split(): raise ModuleNotFoundError(f'No module named {name!r}')
+sys.meta_path.insert(0, Absent())
+from u2seg import cli, convert, cut, download, export, folder, names, predict, suggest, zoo
+sys.exit(cli.main(['evaluate', 'segmented', '--data', 'data']))
+"""
+    absent = [re.match('[A-Za-z]+', r)[0] for r in shlex.split(settings()['pipeline_requirements'])]
+    assert {'faiss', 'dvc', 'papermill', 'jupyterlab'} <= {*absent}
+    p = subprocess.run([sys.executable, '-c', script, ' '.join(absent)], cwd=root, capture_output=True, text=True)
+    assert p.returncode == 1 and "No module named 'faiss'; pip install -e '.[pipeline]'" in p.stderr, p.stderr
+    assert p.stderr.count('\n') == 1

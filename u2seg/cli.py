@@ -268,6 +268,9 @@ def main(argv:list[str]|None=None)->int: # exit status
     except (ValueError, OSError) as e:    # OSError: a full or read-only disk is not the program's fault
         print(f'u2seg: {e}', file=sys.stderr)
         return 1
+    except ModuleNotFoundError as e:      # without an extra of the package
+        print(f"u2seg: {e}; pip install -e '.[pipeline]' in the repository brings it", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print('u2seg: stopped; the same call goes on from here', file=sys.stderr)
         return 130
