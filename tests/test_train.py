@@ -635,7 +635,10 @@ class FakeBoard:
     def add_scalar(self, name, value, step):
         FakeBoard.seen.append((self.folder, name, value, step))
 
-    def close(self):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
         FakeBoard.seen.append('closed')
 
 
