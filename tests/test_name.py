@@ -504,6 +504,7 @@ def test_by_keys_alone(browser, served):
     at('1')
     saved(browser, folder, lambda: browser.keys('\nduck\n'), lambda n: n.names == {'1': 'duck'})
     at('2')  # the next one without a name
+    browser.wait('document.getElementById("near").labels')
     saved(browser, folder, lambda: browser.keys('1'), lambda n: n.names == {'1': 'duck', '2': 'duck'})
     browser.keys('jj')
     at('4')
@@ -539,6 +540,7 @@ def test_names_are_text(browser, served):
     for name in HOSTILE[:2]:
         browser.run('document.getElementById("name").value = ""')
         saved(browser, folder, lambda: browser.keys(name + '!\n'), lambda n: name + '!' in n.names.values())
+        browser.wait('!busy && document.activeElement.id != "name"')  # a name that is saved leaves the field
         browser.keys('\n')
     assert browser.run('document.title') == 'u2seg name'
     assert [names for names in read_names(folder / 'names.yaml').names.values()][2:] == HOSTILE[2:]

@@ -121,7 +121,9 @@ def test_every_formula_becomes_mathml():
     for path in sorted((root / 'nbs').glob('[0-9]*.ipynb')):
         count = written(path)
         page = site.readable(path.read_text())
-        assert page.count('<math ') == count == page.count('</math>'), path.name
+        shown = path.read_text()  # notebook 96 shows one as text
+        made = [page.count(tag) - shown.count(tag) for tag in ('<math ', '</math>')]
+        assert made == [count, count], path.name
         prose = [c['source'] for c in json.loads(page)['cells'] if c['cell_type'] == 'markdown']
         assert not [p for p in prose if 'skip_exec' in p], path.name
         total += count

@@ -135,6 +135,7 @@ async function show(label, same) {
   if (label == null) return;
   const before = now, c = all.get(label);
   now = label;
+  if (before != now) $("near").labels = null;
   for (const l of [before, now]) draw(l);
   if (before != now) rows.get(now)?.scrollIntoView({block: "nearest"});
   if (!same || !dirty) { $("name").value = c.name; dirty = false; seen = version; }
@@ -198,7 +199,8 @@ async function merge() {
 
 # %% ../nbs/66_page.ipynb #KEYS
 _KEYS = '''
-const like = i => { const c = all.get($("near").labels?.[i]); if (!c) return;
+const like = i => { const c = all.get($("near").labels?.[i]);
+  if (!c) return $("near").labels ?? says("The neighbours are still coming.", true);
   c.name ? act({do: "name", labels: [now], name: c.name}) : act({do: "name", labels: [c.label, now], name: null}); };
 const keys = {j: () => step(1), k: () => step(-1), ArrowDown: () => step(1), ArrowUp: () => step(-1), n: next, x: gone,
   Enter: () => $("name").focus(), " ": mark, m: merge, s: () => act({do: "split", label: now}),

@@ -44,7 +44,7 @@ def things_only(coco:dict, path:str|Path)->tuple[Coco, Coco]: # panoptic without
     codes = [a['segmentation'] for a in coco['annotations']]
     areas = [int(coco_mask.area(c)) for c in codes]
     measured = zip(coco['annotations'], areas, coco_mask.toBbox(codes).tolist())
-    annotations = [dict(a, id=i, area=area, bbox=box) for i, (a, area, box) in enumerate(measured, 1)]
+    annotations = [dict(dict(area=area, bbox=box) | a, id=i) for i, (a, area, box) in enumerate(measured, 1)]
     instances = coco.but(images=images, annotations=annotations)
     panoptic = []
     for i, of_image in by_image(instances).items():
