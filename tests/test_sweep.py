@@ -110,7 +110,7 @@ def sh(*cmd, cwd):
 @pytest.fixture
 def toy(tmp_path):
     repo, py = tmp_path / 'toy', sys.executable
-    for folder in ('nbs', 'ablations', 'pictures'):
+    for folder in ('nbs', 'ablations', 'images'):
         (repo / folder).mkdir(parents=True)
     notebook(
         repo / 'nbs' / '10_run_train.ipynb',
@@ -118,7 +118,7 @@ def toy(tmp_path):
         "if seed > 5: raise ValueError('seed is too large')",
     )
     notebook(repo / 'nbs' / '20_run_evaluate.ipynb', "gain = 1.0\nroot = '..'", '')
-    (repo / 'params.yaml').write_text('# comment\ndata: {root: pictures}\ntrain: {seed: 0}\nevaluate: {gain: 1.0}\n')
+    (repo / 'params.yaml').write_text('# comment\ndata: {root: images}\ntrain: {seed: 0}\nevaluate: {gain: 1.0}\n')
     for name, code in TOY.items():
         (repo / f'{name}.py').write_text(code.replace('COUNT', repr(str(tmp_path / 'count'))))
     dvc = dict(
@@ -127,14 +127,14 @@ def toy(tmp_path):
             evaluate=dict(
                 cmd=f'{py} evaluate.py',
                 params=['evaluate'],
-                deps=['out/train/model', 'pictures'],
+                deps=['out/train/model', 'images'],
                 metrics=['out/evaluate/metrics.json'],
             ),
         )
     )
     (repo / 'dvc.yaml').write_text(yaml.safe_dump(dvc))
-    (repo / 'pictures' / 'a').write_text('a')
-    (repo / '.gitignore').write_text('/out\n/pictures\n')
+    (repo / 'images' / 'a').write_text('a')
+    (repo / '.gitignore').write_text('/out\n/images\n')
     sweeps = dict(
         gains=dict(
             question='?',
@@ -187,8 +187,8 @@ def test_a_sweep_runs_beside_the_workspace(toy, capsys):
 
 
 def test_a_clone_has_the_images_and_weights_that_neither_git_nor_dvc_carries(toy):
-    (toy / '.gitignore').write_text('/out\n/pictures/*\n!/pictures/README.md\n/weights\n')
-    for name in ('pictures/README.md', 'pictures/coco/1.jpg', 'weights/vit.pth'):
+    (toy / '.gitignore').write_text('/out\n/images/*\n!/images/README.md\n/weights\n')
+    for name in ('images/README.md', 'images/coco/1.jpg', 'weights/vit.pth'):
         (toy / name).parent.mkdir(exist_ok=True)
         (toy / name).write_text(name)
     sh('git', 'add', '.', cwd=toy)
@@ -196,10 +196,10 @@ def test_a_clone_has_the_images_and_weights_that_neither_git_nor_dvc_carries(toy
     clone = toy.parent / 'clone'
     for _ in range(2):
         S.make_clone(toy, clone)  # the second time in place of the first
-    for name in ('pictures/a', 'pictures/coco/1.jpg', 'weights/vit.pth'):
+    for name in ('images/a', 'images/coco/1.jpg', 'weights/vit.pth'):
         assert (clone / name).read_text() == (toy / name).read_text()
     assert sh('git', 'status', '--porcelain', cwd=clone) == ''
-    assert not (clone / 'pictures' / 'README.md').is_symlink() and not (toy / 'pictures' / 'coco').is_symlink()
+    assert not (clone / 'images' / 'README.md').is_symlink() and not (toy / 'images' / 'coco').is_symlink()
 
 
 def test_the_seed_goes_where_a_setting_asks_for_it():
