@@ -36,11 +36,12 @@ docs: $(VENV)/installed
 	NO_MKDOCS_2_WARNING=1 mkdocs build -q -f _docs/mkdocs.yml
 	@echo "open _docs/site/index.html"
 
-# after a good run: copy the stages' outputs into nbs/ and README, so that the notebooks read as the paper
-# (make repro and make test write only under out/, which git ignores, and dvc.lock)
+# after a good run: copy the stages' outputs into nbs/, so that the notebooks read as the paper, and what travels into
+# .dvc/store; features is fetched, not run: u2seg publish features after a run of its own
 publish: $(VENV)/installed
-	u2seg publish
+	u2seg publish maskcut cutler cluster stego panoptic train evaluate fewshot report
 	dvc commit -q -f dvc.yaml
+	dvc push -q
 
 $(VENV)/installed: setup.py settings.ini constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 13) else "u2seg needs Python 3.10 to 3.13; this is %d.%d. Name another one: make PYTHON=python3.12 ..." % v)'
