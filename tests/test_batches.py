@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from common import PREDICTS
 from u2seg.crops import EMBEDDINGS, embed_crops
 from u2seg.kmeans import assign
 from u2seg.baselines import model_predictions
@@ -22,29 +23,7 @@ from u2seg.folder import predict_folder
 from u2seg.predict import U2Seg
 from u2seg.selftrain import detect
 
-NETWORK = dict(
-    n_things=3,
-    n_stuff=3,
-    depth=18,
-    width=8,
-    n_blocks=[1, 1, 1, 1],
-    norm='BN',
-    fpn_norm='BN',
-    fpn_channels=16,
-    fc_dim=16,
-    mask_dim=8,
-    n_mask_convs=1,
-    sem_dim=16,
-    rpn_pre_test=40,
-    rpn_post_test=20,
-    decode='objectness',
-    max_detections=4,
-    score_threshold=0.0,
-    panoptic_score=0.0,
-    panoptic_area=20,
-    min_size=64,
-    max_size=128,
-)
+NETWORK = dict(PREDICTS, n_stuff=3, score_threshold=0.0, panoptic_score=0.0)
 SIZES = [(48, 64), (64, 48), (30, 120), (48, 64), (128, 40), (64, 64), (20, 25), (96, 70), (48, 64)]
 
 

@@ -20,6 +20,7 @@ import detectron2.modeling.proposal_generator.proposal_utils as d2_proposals
 import detectron2.modeling.proposal_generator.rpn as d2_rpn
 import detectron2.modeling.roi_heads.roi_heads as d2_roi_heads
 
+from make_golden import CONFIG
 import u2seg.model as ours
 from u2seg import cascade as cascade_module
 from u2seg import rpn as rpn_module
@@ -29,26 +30,7 @@ from u2seg.pixels import results
 from u2seg.rpn import top_proposals
 from u2seg.scenes import draw_scene
 
-SMALL = dict(
-    depth=18,
-    norm='BN',
-    fpn_norm='BN',
-    n_things=6,
-    n_stuff=4,
-    fpn_channels=32,
-    fc_dim=64,
-    mask_dim=32,
-    sem_dim=64,
-    roi_batch=64,
-    rpn_pre_train=300,
-    rpn_pre_test=200,
-    rpn_post_train=300,
-    rpn_post_test=100,
-    panoptic_area=200,
-    panoptic_score=0.2,
-    min_size=160,
-    max_size=320,
-)
+SMALL = dict(CONFIG, min_size=160, max_size=320)
 
 
 def detectron2_config(c):

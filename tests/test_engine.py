@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from common import EMBEDDED, STEPS, made, run
 from u2seg.images import write_png
 from u2seg.checkpoints import load_weights, save_weights
 from u2seg import cascade, rpn
@@ -34,14 +35,10 @@ if detectron2:
     logging.getLogger('fvcore').setLevel(logging.WARNING)
 
 STUDENT = dict(
-    depth=18,
+    EMBEDDED,
     width=16,
-    n_blocks=[1, 1, 1, 1],
     stem_kernel=5,
-    stem_pool=False,
-    norm='SyncBN',
     fpn_norm='SyncBN',
-    fpn_first=3,
     fpn_channels=32,
     anchor_sizes=[16, 32, 56, 84],
     n_things=4,
@@ -52,11 +49,9 @@ STUDENT = dict(
     rpn_post_test=60,
     roi_batch=32,
     canonical_size=112,
-    sampling_ratio=2,
     fc_dim=32,
     mask_pool=12,
     mask_dim=24,
-    n_mask_convs=1,
     sem_dim=24,
     sem_loss_stride=2,
     droploss=0.01,
@@ -89,43 +84,16 @@ NETWORKS = dict(
     deep=dict(STUDENT, depth=50, n_blocks=[1, 1, 1, 1], norm='FrozenBN', fpn_norm='BN', droploss=0.2),
 )
 RECIPE = dict(
+    STEPS,
     n_iters=6,
-    lr=1e-2,
-    schedule='step',
+    lr=0.01,
     milestones=[4],
-    gamma=0.1,
-    flat_fraction=0.0,
     warmup_iters=2,
     warmup_factor=0.1,
-    optimizer='sgd',
-    sgd_momentum=0.9,
     weight_decay=0.01,
-    cls_lr_multiplier=2.0,
-    clip_type='parameter',
-    clip_value=1.0,
-    loss_weights={},
-    amp=None,
-    accumulate=1,
-    ema_decay=0.0,
-    precise_bn=0,
     checkpoint_period=2,
     log_every=2,
 )
-
-
-def made(dataset, kind=Batches, *, batch_size, seed, **augment):
-    return kind(dataset, Augment(**augment), batch_size=batch_size, seed=seed)
-
-
-def run(fit, model, batches, *, folder, log_every=20, n_workers=0, **solver):
-    return fit(
-        model,
-        batches,
-        Solver(batch_size=batches.batch_size, **solver),
-        folder=folder,
-        log_every=log_every,
-        n_workers=n_workers,
-    )
 
 
 def test_absent_it_says_so_in_one_sentence():

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from common import SMALL, STEPS
 from u2seg.cli import main
 from u2seg.images import read_image, write_json, write_png
 from u2seg.checkpoints import save_weights
@@ -95,24 +96,12 @@ def train(given, out):
             batch_size=2,
             n_iters=12,
             lr=0.05,
-            schedule='step',
             milestones=[8],
-            gamma=0.1,
-            flat_fraction=0.0,
             warmup_iters=3,
             warmup_factor=0.001,
-            optimizer='sgd',
-            sgd_momentum=0.9,
             weight_decay=0.0,
-            cls_lr_multiplier=1.0,
-            clip_type=None,
-            clip_value=1.0,
-            loss_weights={},
-            amp=None,
-            accumulate=1,
-            ema_decay=0.0,
-            precise_bn=0,
             checkpoint_period=2,
+            **STEPS | dict(cls_lr_multiplier=1.0, clip_type=None),
         ),
         folder=out / '.work',
         log_every=3,
@@ -161,18 +150,9 @@ def given(tmp_path_factory):
     save_weights(
         build_model(
             dict(
+                SMALL,
                 n_things=2,
                 n_stuff=2,
-                depth=18,
-                width=8,
-                n_blocks=[1, 1, 1, 1],
-                norm='BN',
-                fpn_norm='BN',
-                fpn_channels=16,
-                fc_dim=16,
-                mask_dim=8,
-                n_mask_convs=1,
-                sem_dim=16,
                 rpn_pre_test=20,
                 rpn_post_test=8,
                 max_detections=3,

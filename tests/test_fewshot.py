@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from common import SMALL, STEPS
 from u2seg import batches, fewshot
 from u2seg.augment import Augment
 from u2seg.baselines import model_predictions
@@ -26,13 +27,8 @@ CATEGORIES = [
     dict(id=4, name='grass', isthing=0),
 ]
 CONFIG = dict(
-    depth=18,
-    width=8,
-    n_blocks=[1, 1, 1, 1],
+    SMALL,
     stem_pool=True,
-    norm='BN',
-    fpn_norm='BN',
-    fpn_channels=16,
     anchor_sizes=[8, 16, 24, 32, 48],
     rpn_batch=16,
     rpn_pre_train=40,
@@ -41,10 +37,7 @@ CONFIG = dict(
     rpn_post_test=10,
     roi_batch=8,
     sampling_ratio=1,
-    fc_dim=16,
     mask_pool=7,
-    mask_dim=8,
-    n_mask_convs=1,
     sem_dim=8,
     sem_loss_stride=2,
     panoptic_area=20,
@@ -62,25 +55,19 @@ AUGMENT = Augment(
     paste_scale=(0.5, 1.0),
 )
 SOLVER = dict(
+    STEPS,
     batch_size=2,
-    lr=1e-3,
+    lr=0.001,
     schedule='constant',
     milestones=[],
-    gamma=0.1,
     flat_fraction=0.4,
     warmup_iters=0,
     warmup_factor=0.01,
     optimizer='adamw',
-    sgd_momentum=0.9,
     weight_decay=0.01,
     cls_lr_multiplier=1.0,
     clip_type='global',
     clip_value=5.0,
-    loss_weights={},
-    amp=None,
-    accumulate=1,
-    ema_decay=0.0,
-    precise_bn=0,
     checkpoint_period=2,
 )
 

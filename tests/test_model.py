@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.ops import box_iou, roi_align
 
+from common import SMALL
 import u2seg.model as M
 from u2seg import cascade, rpn
 from u2seg.boxes import (
@@ -33,18 +34,9 @@ from u2seg.pixels import _paste, combine, mask_to_coco, paste_masks, PastedMasks
 from u2seg.weights import read_weights
 
 TINY = dict(
+    SMALL,
     n_things=3,
     n_stuff=2,
-    depth=18,
-    width=8,
-    n_blocks=[1, 1, 1, 1],
-    norm='BN',
-    fpn_norm='BN',
-    fpn_channels=16,
-    fc_dim=16,
-    mask_dim=8,
-    n_mask_convs=1,
-    sem_dim=16,
     rpn_batch=32,
     rpn_pre_train=60,
     rpn_pre_test=60,

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from common import PREDICTS
 from u2seg.images import read_json, write_json, write_png
 from u2seg.checkpoints import save_weights
 from u2seg.masks import decode_rle, read_ids
@@ -20,27 +21,7 @@ from u2seg.folder import find_images, predict_folder
 from u2seg.names import by_name, Names, write_names
 from u2seg.predict import Prediction, U2Seg, as_image, free_memory
 
-TINY = dict(
-    n_things=3,
-    n_stuff=2,
-    depth=18,
-    width=8,
-    n_blocks=[1, 1, 1, 1],
-    norm='BN',
-    fpn_norm='BN',
-    fpn_channels=16,
-    fc_dim=16,
-    mask_dim=8,
-    n_mask_convs=1,
-    sem_dim=16,
-    rpn_pre_test=40,
-    rpn_post_test=20,
-    decode='objectness',
-    max_detections=4,
-    panoptic_area=20,
-    min_size=64,
-    max_size=128,
-)
+TINY = dict(PREDICTS, n_stuff=2)
 
 
 @pytest.fixture(scope='module')

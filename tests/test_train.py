@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+import common
+from common import EMBEDDED, STEPS, made
 from u2seg import batches, train
 from u2seg.batches import Cache
 from u2seg.augment import Augment
@@ -21,25 +23,13 @@ from u2seg.selftrain import detect, self_training_labels
 from u2seg.train import fit
 
 RECIPE = dict(
+    STEPS,
     n_iters=14,
     lr=0.05,
-    schedule='step',
     milestones=[8, 12],
-    gamma=0.1,
-    flat_fraction=0.0,
     warmup_iters=3,
     warmup_factor=0.001,
-    optimizer='sgd',
-    sgd_momentum=0.9,
-    weight_decay=1e-3,
-    cls_lr_multiplier=2.0,
-    clip_type='parameter',
-    clip_value=1.0,
-    loss_weights={},
-    amp=None,
-    accumulate=1,
-    ema_decay=0.0,
-    precise_bn=0,
+    weight_decay=0.001,
     checkpoint_period=4,
     log_every=3,
 )
@@ -56,19 +46,7 @@ VIEWS = dict(
 )
 
 
-def made(dataset, kind=Batches, *, batch_size, seed, **augment):
-    return kind(dataset, Augment(**augment), batch_size=batch_size, seed=seed)
-
-
-def run(model, batches, *, folder, log_every=20, n_workers=0, **solver):
-    return fit(
-        model,
-        batches,
-        Solver(batch_size=batches.batch_size, **solver),
-        folder=folder,
-        log_every=log_every,
-        n_workers=n_workers,
-    )
+run = functools.partial(common.run, fit)
 
 
 class Tiny(nn.Module):
@@ -276,15 +254,9 @@ def test_two_parts_give_the_losses_of_one(data, tmp_path):
 
 
 NETWORK = dict(
-    depth=18,
-    width=8,
-    n_blocks=[1, 1, 1, 1],
+    EMBEDDED,
     stem_kernel=3,
-    stem_pool=False,
-    norm='SyncBN',
     fpn_norm='GN',
-    fpn_first=3,
-    fpn_channels=16,
     anchor_sizes=[8, 12, 16, 24],
     n_things=3,
     n_stuff=3,
@@ -293,11 +265,7 @@ NETWORK = dict(
     rpn_batch=32,
     roi_batch=16,
     canonical_size=56,
-    sampling_ratio=2,
-    fc_dim=16,
     mask_pool=6,
-    mask_dim=8,
-    n_mask_convs=1,
     sem_dim=8,
     droploss=0.01,
 )
