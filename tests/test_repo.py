@@ -295,3 +295,30 @@ sys.exit(cli.main(['evaluate', 'segmented', '--data', 'data']))
     p = subprocess.run([sys.executable, '-c', script, ' '.join(absent)], cwd=root, capture_output=True, text=True)
     assert p.returncode == 1 and "No module named 'faiss'; pip install -e '.[pipeline]'" in p.stderr, p.stderr
     assert p.stderr.count('\n') == 1
+
+
+def test_each_pin_runs_on_every_python_that_its_marker_admits():
+    "pip would otherwise look for another version of everything until it gives up."
+    from importlib.metadata import PackageNotFoundError, distribution
+
+    from packaging.requirements import Requirement
+    from packaging.specifiers import SpecifierSet
+
+    pythons = [f'3.{minor}.{patch}' for minor in (10, 11, 12, 13) for patch in range(20)]
+    wrong, seen = [], 0
+    for line in (root / 'constraints.txt').read_text().splitlines():
+        if not line.strip() or line.startswith('#'):
+            continue
+        pin = Requirement(line)
+        try:
+            installed = distribution(pin.name)
+        except PackageNotFoundError:
+            continue
+        if installed.version not in pin.specifier:
+            continue  # the pin of another Python
+        needs, seen = SpecifierSet(installed.metadata['Requires-Python'] or ''), seen + 1
+        for v in pythons:
+            here = dict(python_version=v.rpartition('.')[0], python_full_version=v)
+            if (pin.marker is None or pin.marker.evaluate(here)) and v not in needs:
+                wrong.append((line, v, str(needs)))
+    assert wrong == [] and seen > 100, (wrong[:5], seen)

@@ -19,12 +19,13 @@ from u2seg.masks import encode_rle, instances_json
 from u2seg.recipes import overlay
 
 root = Path(__file__).parents[1]
+N_ITERS = 48  # so many that a signal arrives well before the last
 SMALL = dict(
     data=dict(root='images', train=['a']),
     augment=dict(short_sides=[64], max_size=64),
     network=dict(min_size=64, max_size=64, roi_batch=8, rpn_post_train=20),
     cutler=dict(
-        solver=dict(n_iters=16, batch_size=2, warmup_iters=2, checkpoint_period=1000),
+        solver=dict(n_iters=N_ITERS, batch_size=2, warmup_iters=2, checkpoint_period=1000),
         detect=dict(n_procs=1, score_threshold=0.0),
         n_workers=0,
     ),
@@ -99,7 +100,7 @@ def test_a_stage_that_is_stopped_goes_on(repository, whole, how):
     if how == 'dvc':
         subprocess.run(['dvc', 'init', '-q', '--no-scm'], cwd=folder, env=environment(), check=True)
     process = start(folder, *(['dvc', 'repro'] if how == 'dvc' else ['u2seg', 'run', 'cutler']))
-    wait_for(lambda: ' 5/16' in log.read_text(), process)
+    wait_for(lambda: f' 5/{N_ITERS}' in log.read_text(), process)
     if how == 'kernel':
         os.kill(kernel_of(process), signal.SIGKILL)
         assert process.wait(60) == 1
@@ -111,8 +112,8 @@ def test_a_stage_that_is_stopped_goes_on(repository, whole, how):
     end = time.monotonic() + 60
     while not checkpoint.exists() and time.monotonic() < end:
         time.sleep(0.05)  # DVC ends before its stage does
-    assert 5 <= torch.load(checkpoint, weights_only=True)['next'] < 16
+    assert 5 <= torch.load(checkpoint, weights_only=True)['next'] < N_ITERS
     assert how == 'dvc' or code == 128 + signal.SIGTERM
     assert start(folder, 'u2seg', 'run', 'cutler').wait(300) == 0, log.read_text()[-3000:]
     assert (folder / 'out' / 'cutler' / 'model.safetensors').read_bytes() == whole
-    assert json.loads((folder / 'out' / 'cutler' / 'metrics.json').read_text())['iterations'] == 16
+    assert json.loads((folder / 'out' / 'cutler' / 'metrics.json').read_text())['iterations'] == N_ITERS
