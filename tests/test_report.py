@@ -8,6 +8,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from nbconvert.filters import markdown2html
 
 from u2seg import cli
 from u2seg import margins as M
@@ -138,6 +139,43 @@ def test_the_headline_is_mean_and_deviation_over_the_seeds():
         std = (sum((v - mean) ** 2 for v in x) / (n - 1)) ** 0.5
         line = next(l for l in lines if l[:2] == ['objects/val', name])
         assert line[head.index('mask AP50')] == f'{100 * mean:.1f} ± {100 * std:.1f}'
+
+
+def readme_text():
+    "The text for README, of the committed sweep."
+    rows = select(SEEDS, seed=0)
+    runs = [
+        dict(init=r['method'], percent=float(r['fitted_on'][:-1]), seed=0) | r for r in rows if 'labels' in r.values()
+    ]
+    return R.readme_table(dict(splits=nest(select(rows, matching='vote')), n_fit_images=200), runs, SEEDS)
+
+
+def test_readme_shows_three_lines_and_folds_the_tables():
+    text = readme_text()
+    shown = re.sub('<details>.*?</details>', '', text, flags=re.S)
+    items = re.findall('^- (.+)$', shown, re.M)
+    assert [re.search(r'\*\*(.+?)\*\*', i)[1] for i in items] == ['CutLER+', 'STEGO', 'CutLER+STEGO']
+    assert '|' not in shown and all('objects/val' in i and 'scenes/val' in i for i in items)
+    claimed = lines_of(M.claims_table(SEEDS, R.CLAIMS))
+    for item, line in zip(items, (claimed[2], claimed[4], claimed[5])):  # the same margins as in the folded table
+        assert all(f'{cell} on {split}' in item for cell, split in zip(line[1:], claimed[0][1:]))
+
+
+def test_folded_tables_are_tables_for_a_markdown_parser():
+    "A table right below a line of HTML would be shown as its text."
+    html = markdown2html(readme_text())
+    folds = re.findall('<details>.*?</details>', html, re.S)
+    assert [f.count('<table>') for f in folds] == [1, 1, 1] == [f.count('</summary>') for f in folds]
+    assert html.count('<table>') == 3 and not re.search(r'^\|', html, re.M)
+
+
+def test_a_margin_below_zero_is_shown_as_one():
+    rows = seeds_of([0.3, 0.4]) + seeds_of([0.35, 0.35], method='STEGO')
+    assert (
+        M.claims_list(rows, [('over STEGO', 'U2Seg', 'STEGO', ['PQ'])]) == '- over STEGO: PQ +0.0 ± 7.1 (1 of 2) on s'
+    )
+    assert 'PQ -10.0' in M.claims_list(seeds_of([0.2]) + seeds_of([0.3], method='A'), [('x', 'U2Seg', 'A', ['PQ'])])
+    assert M.claims_list(rows, [('over nothing', 'U2Seg', 'nothing', ['PQ'])]) == ''
 
 
 def seeds_of(scores, **more):

@@ -11,7 +11,7 @@ import itertools
 
 import numpy as np
 
-from .margins import claims_table, few_table, margins_table, seeds_table
+from .margins import claims_list, claims_table, few_table, margins_table, seeds_table
 from .paper import CUTLER_FEW, FEW, PAPER, PERCENTS
 from .results import COLUMNS, few_rows, flatten, markdown, percent, results_table, score_cell, select
 
@@ -200,6 +200,12 @@ def report(metrics:dict,          # of the stage evaluate
     return '\n\n'.join([*parts, "## The paper's tables, ours beside", _PAPER, paper_tables(metrics, fewshot)])
 
 # %% ../nbs/85_report.ipynb #readme_table
+_HEADLINES = [('objects found and named, over **CutLER+**', 'U2Seg', 'CutLER+', ['box_AP50', 'mask_AP50']),
+              ('every pixel named, over **STEGO**', 'U2Seg', 'STEGO', ['PixelAcc', 'mIoU']),
+              ('both at once, over the two merged, **CutLER+STEGO**', 'U2Seg', 'CutLER+STEGO', ['PQ'])]
+
+def _fold(title, *parts): return '\n\n'.join([f'<details><summary>{title}</summary>', *parts, '</details>'])
+
 def readme_table(metrics:dict, fewshot:list[dict]=(), seeds:list[dict]=())->str: # Markdown; empty without a score
     "Scores and claims over the seeds."
     run = [dict(r, seed=0) for r in _run_rows(metrics, fewshot)]
@@ -207,8 +213,12 @@ def readme_table(metrics:dict, fewshot:list[dict]=(), seeds:list[dict]=())->str:
     if not select(rows, matching='vote'): return ''
     n = len({r['seed'] for r in rows})
     words = f'mean ± standard deviation over {n} seeds' if n > 1 else 'one run'
-    parts = [f'Percent, {words}; *ca* = class-agnostic. {_naming(metrics)}', seeds_table(rows, SHORT)]
+    parts = [f'What U2Seg gains, in points of percent, {words}; in brackets, with how many seeds it is ahead:',
+             claims_list(rows, _HEADLINES), _naming(metrics),
+             _fold('All methods and scores', 'Percent; *ca* = class-agnostic.', seeds_table(rows, SHORT))]
     if few := few_table(rows):
-        parts += ['Mask AP after fine-tuning on a part of the labels, and the margins of the initial weights:', few]
-    claimed = "The paper's claims: margins, and with how many of the seeds each is above zero."
-    return '\n\n'.join([*parts, claimed, claims_table(rows, CLAIMS)])
+        parts.append(_fold('Few labels', 'Mask AP after fine-tuning on a part of the labels, and the margins of the '
+                           'initial weights:', few))
+    parts.append(_fold('All claims of the paper', 'Margins, and with how many seeds each is above zero.',
+                       claims_table(rows, CLAIMS)))
+    return '\n\n'.join(parts)
