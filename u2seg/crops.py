@@ -9,7 +9,9 @@ __all__ = ['SHAPES', 'GREY', 'EMBEDDINGS', 'check_window', 'window', 'crop_insta
 # %% ../nbs/49_crops.ipynb #imports
 import hashlib
 import json
+from io import BytesIO
 from pathlib import Path
+from zipfile import ZipFile, ZipInfo
 
 import numpy as np
 import torch
@@ -109,8 +111,15 @@ def save_arrays(path, array):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = part_of(path)
-    with open(part, 'wb') as f: np.savez(f, **array) if isinstance(array, dict) else np.save(f, array)
+    with open(part, 'wb') as f: _savez(f, array) if isinstance(array, dict) else np.save(f, array)
     part.replace(path)
+
+def _savez(file, arrays):
+    "Like `np.savez`, whose bytes differ between Python 3.11.2 and 3.11.7."
+    with ZipFile(file, 'w') as z:
+        for name, array in arrays.items():
+            np.save(one := BytesIO(), array)
+            z.writestr(ZipInfo(f'{name}.npy'), one.getvalue())
 
 def _gather(records, folder, path, dim):
     "The rows of all shards in one file, in the order of the records; never all in memory."
