@@ -168,7 +168,7 @@ def mushroom(rng, u, v, c):
     a, b = ellipse(u, v, 0, rim, rx, ry)
     cap, light = (a*a + b*b < 1) & (v < rim + .10*(1 - a*a)), dome(a, 1.1*b + .15)
     yield cap, c[0]*light
-    for k in range(rng.integers(5, 9)):                # dots follow a quasi-random sequence: they seldom touch
+    for k in range(rng.integers(5, 9)):                # a quasi-random sequence spreads the dots over the cap
         x = 1.6*((k*.7549 + .35) % 1 - .5) + .05*rng.normal()
         y, r = rim - ry*(.18 + .62*((k*.5698 + .1) % 1)), rng.uniform(.09, .17)
         yield cap & disc(u, v, x, y, r*(1 - .3*abs(x)), r*.82), (.25*c[1] + .72)*light
