@@ -17,7 +17,7 @@ from u2seg import export as E
 from u2seg.coco import read_instances
 from u2seg.forms import read_yolo
 from u2seg.images import read_json, write_json, write_png
-from u2seg.masks import encode_rle, instances_json, read_ids
+from u2seg.masks import encode_rle, instances_json, read_ids, write_ids
 
 NAMES = ['a b', '"q" & <x>', 'קטגוריה']
 
@@ -265,6 +265,25 @@ def test_only_what_is_above_the_score(tmp_path):
     path = write_source(tmp_path, SOURCES['usual'](), score=0.4)
     assert E.export(path, tmp_path / 'a', 'coco', images=tmp_path / 'images')['objects'] == 0
     assert E.export(path, tmp_path / 'b', 'coco', images=tmp_path / 'images', score=0.4)['objects'] == 8
+
+
+@pytest.mark.parametrize('score, kept', [(0.9, {1, 2, 3}), (0.5, {1, 2, 3}), (0.4, {1, 3}), (None, {1, 2, 3})])
+@pytest.mark.parametrize('fmt', ['coco-panoptic', 'voc', 'png'])
+def test_the_score_chooses_among_panoptic_segments(fmt, score, kept, tmp_path):
+    "Below .5 the second thing is void; stuff, which has no score, stays."
+    stuff, one, two = regions(60, 80, 3)[:3]
+    write_source(tmp_path, [((60, 80), [one, two])])
+    (tmp_path / 'panoptic').mkdir()
+    write_ids(tmp_path / 'panoptic/1.png', 1 * one + 2 * two + 3 * stuff)
+    segments = [dict(id=1, category_id=1, score=0.8), dict(id=2, category_id=2, score=score), dict(id=3, category_id=3)]
+    categories = [dict(id=i, name=n, isthing=int(i < 3)) for i, n in enumerate(NAMES, 1)]
+    annotation = dict(image_id=1, file_name='1.png', segments_info=segments)
+    images = read_json(tmp_path / 'instances.json')['images']
+    write_json(tmp_path / 'panoptic.json', dict(images=images, categories=categories, annotations=[annotation]))
+    E.export(tmp_path, tmp_path / 'out', fmt, images=tmp_path / 'images')
+    found = {c: r for c, r in READERS[fmt](tmp_path / 'out')['1.png']}
+    masks = {1: one, 2: two, 3: stuff}
+    assert {c: r['counts'] for c, r in found.items()} == {c: encode_rle(masks[c])['counts'] for c in kept}
 
 
 def test_a_folder_holds_one_export(tmp_path):

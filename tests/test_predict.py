@@ -111,6 +111,9 @@ def test_results_agree_among_themselves(weights):
     assert {s['id'] for s in coco['segments_info']} == set(np.unique(p.ids)) - {0}
     for s in coco['segments_info']:
         assert s['area'] == (p.ids == s['id']).sum()
+    things = [s for s in p.segments if s['isthing']]
+    scored = {s['id']: s['score'] for s in coco['segments_info'] if 'score' in s}  # stuff has none
+    assert things and scored == {s['id']: round(float(p.scores[s['instance_id']]), 6) for s in things}
     json.dumps(coco)
     assert p.overlay().shape == p.image.shape and p.overlay().dtype == np.uint8
     assert all(s['name'].startswith(('thing_', 'stuff_')) for s in p.panoptic[1])

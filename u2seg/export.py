@@ -20,6 +20,7 @@ from pycocotools import mask as coco_mask
 from scipy.ndimage import find_objects
 
 from .coco import read_instances
+from .fields import number
 from .folder import _root
 from .forms import (
     brush, cvat_document, cvat_mask, flat_names, labelmap, link_to, palette_png, split_of, studio_config, voc_boxes,
@@ -83,7 +84,7 @@ def _map(p, im, score)->tuple[np.ndarray, list[int]]: # int32 [H, W], 0 = void, 
     if im['id'] in p.panoptic:
         path, segments = p.panoptic[im['id']]
         ids = read_ids(path)
-        category = {s['id']: s['category_id'] for s in segments if s.get('score', 1) >= score}
+        category = {s['id']: s['category_id'] for s in segments if _score(s) >= score}
     else:
         ids, category = np.zeros((im['height'], im['width']), np.int32), {}
         for k, a in reversed([*enumerate(_instances(p, im, score), 1)]):
@@ -92,9 +93,13 @@ def _map(p, im, score)->tuple[np.ndarray, list[int]]: # int32 [H, W], 0 = void, 
             category[k] = a['category_id']
     present, place = np.unique(ids, return_inverse=True)
     kept = [i for i in present.tolist() if i in category]
-    number = {i: n for n, i in enumerate(kept, 1)}
-    table = np.array([number.get(i, 0) for i in present.tolist()], np.int32)
+    new = {i: n for n, i in enumerate(kept, 1)}
+    table = np.array([new.get(i, 0) for i in present.tolist()], np.int32)
     return table[place].reshape(ids.shape), [category[i] for i in kept]
+
+def _score(segment): # 1 for one without: stuff, and what other tools write
+    value = number(segment.get('score'))
+    return 1 if value is None else value
 
 # %% ../nbs/67_export.ipynb #coco
 @dataclass(frozen=True)

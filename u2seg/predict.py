@@ -145,7 +145,9 @@ def _to_coco(p, image_id):
     for s in p.segments:
         window = windows[s['id'] - 1] if s['id'] <= len(windows) else None
         area = int((p.ids[window] == s['id']).sum()) if window else 0
-        info.append(dict(id=s['id'], category_id=s['category_id'], iscrowd=0, area=area, bbox=_window_box(window)))
+        score = dict(score=round(s['score'], 6)) if 'score' in s else {}
+        box = _window_box(window)
+        info.append(dict(id=s['id'], category_id=s['category_id'], iscrowd=0, area=area, bbox=box, **score))
     return dict(annotations=annotations, segments_info=info)
 
 def _window_box(window): # slices of rows and columns, or None -> [x, y, width, height]
