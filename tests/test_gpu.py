@@ -19,7 +19,8 @@ from PIL import Image
 from torch.nn import functional as F
 
 from pretended import CUDA, Gpu, MixedDevices, gpu, on
-from u2seg import augment, correspondence, crf, crops, kmeans, labeller, maskcut, ncut, pretrain, semantic, stego
+from u2seg import augment, correspondence, crf, crops, kmeans, labeller, maskcut, ncut, pixels, pretrain
+from u2seg import semantic, stego
 from u2seg.checkpoints import save_weights
 from u2seg.features import ViTFeatures, weights_digest
 from u2seg.images import write_png
@@ -451,3 +452,16 @@ def test_a_step_waits_for_the_gpu_a_bounded_number_of_times():
     theirs = [waits(lambda: torchvision_step(n)) for n in (2, 4)]
     assert ours[0] <= 65 and ours[1] <= 78, ours
     assert ours[0] < theirs[0] and ours[1] - ours[0] < (theirs[1] - theirs[0]) / 2, (ours, theirs)
+
+
+def test_each_thing_of_a_map_starts_few_operations():
+    "Eight, and three views: starting them is what a GPU takes its time for."
+    rules = dict(n_things=6, score=0.0, overlap=0.5, area=1)
+
+    def launches(n):
+        masks, sem = on(torch.rand(n, 24, 24, generator=rng()) > 0.5), on(torch.zeros(24, 24, dtype=torch.int64))
+        with gpu() as seen:
+            pixels.combine(masks, on(torch.rand(n)), on(torch.zeros(n, dtype=torch.int64)), sem, **rules)
+        return seen.launches
+
+    assert launches(12) - launches(2) == 10 * 11

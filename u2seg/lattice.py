@@ -260,11 +260,10 @@ def _torch_splat(lat):
 
 def _torch_filter(lat:Lattice):
     "`_filter` as torch operations: a function that adds `factor` times the filtered x [c, N] to `out`."
-    splat = _torch_splat(lat)
+    splat, untouched = _torch_splat(lat), lat.up.shape[1]
+    ways = F.pad(torch.stack([lat.up, lat.down], 1), (0, 1), value=untouched).long()          # [6, 2, M + 1]
     def run(x, factor, out):
-        v = splat(x)
-        for up, down in zip(lat.up, lat.down):
-            padded = F.pad(v, (0, 0, 0, 1))
-            v = v + .5*(padded[up] + padded[down])
+        v = F.pad(splat(x), (0, 0, 0, 1))
+        for up, down in ways: v = v + .5*(v[up] + v[down])
         return out.add_(F.embedding_bag(lat.index, v, mode='sum', per_sample_weights=lat.weight).T, alpha=factor)
     return run

@@ -107,17 +107,22 @@ class StuffScores:
 # %% ../nbs/36_pixels.ipynb #lay
 def _lay(masks, order, overlap, ids):
     "Paint things in their order into `ids`, int32 [H, W]; (thing, its id or 0 if left out, its area) of each."
-    numbers, areas, n = [], [], ids.new_zeros(())
-    for i in order:
+    if not order: return []
+    kept, areas = [], []
+    for place, i in enumerate(order, 1):
         window, mask = masks.window(i) if isinstance(masks, PastedMasks) else (..., masks[i])
-        free = mask & (ids[window] == 0)
-        own, area = mask.sum(), free.sum()
-        good = (own - area).double() / own <= overlap              # an empty mask is not: 0 / 0
-        n = n + good
-        ids[window] = torch.where(free & good, n, ids[window])
-        numbers.append(n*good)
+        free = mask > ids[window]                                  # where the mask is 1 and nothing is painted, 0
+        own, area = mask.sum(dtype=torch.double), free.sum(dtype=torch.double)
+        good = (own - area) / own <= overlap                       # an empty mask is not: 0 / 0
+        ids[window].masked_fill_(free & good, place)
+        kept.append(good)
         areas.append(area)
-    return list(zip(order, torch.stack(numbers).tolist(), torch.stack(areas).tolist())) if order else []
+    kept = torch.stack(kept)
+    numbers = F.pad(kept.cumsum(0)*kept, (1, 0)).int()             # of each place; 0 is no thing
+    for band in _bands(ids): band.copy_(numbers[band.long()])
+    return list(zip(order, numbers[1:].tolist(), torch.stack(areas).long().tolist()))
+
+def _bands(x): return x.split(max(LARGE // x.shape[1], 1))         # of rows, for what takes memory by pixel
 
 # %% ../nbs/36_pixels.ipynb #combine
 def combine(masks:Tensor|PastedMasks, # bool [n, H, W]
@@ -137,8 +142,7 @@ def combine(masks:Tensor|PastedMasks, # bool [n, H, W]
 
 def _paint_stuff(ids, sem, first, n_things, area):
     "Give what is free to the stuff labels, in bands of rows; the new segments."
-    rows = max(LARGE // ids.shape[1], 1)
-    bands = list(zip(ids.split(rows), sem.split(rows)))
+    bands = list(zip(_bands(ids), _bands(sem)))
     n_labels = int(sem.max()) + 1
     count = sum(torch.bincount(s[i == 0], minlength=n_labels) for i, s in bands).tolist()
     kept = [c for c in range(1, n_labels) if count[c] and count[c] >= area]
