@@ -19,8 +19,8 @@ from PIL import Image
 from torch.nn import functional as F
 
 from pretended import CUDA, Gpu, MixedDevices, gpu, on
-from u2seg import augment, correspondence, crf, crops, kmeans, labeller, maskcut, ncut, pixels, pretrain
-from u2seg import semantic, stego
+from u2seg import augment, cause, correspondence, crf, crops, kmeans, labeller, maskcut, ncut, pixels, pretrain
+from u2seg import semantic, smooseg, stego
 from u2seg.checkpoints import save_weights
 from u2seg.features import ViTFeatures, weights_digest
 from u2seg.images import write_png
@@ -158,11 +158,16 @@ def run_labeller(folder):
     train = dict(loss, pointwise=True, dropout=0.1, n_iters=2, batch_size=2, lr=0.01, lr_probe=0.01)
     made = stego.fit_stego(kept, near, folder=folder / 'stego', **common, **train)
     made = stego.refit_probe(made, kept, seed=0)
+    short = common | dict(dropout=0.1, n_iters=2, batch_size=2, lr=0.01, lr_probe=0.01)
+    energy = dict(pointwise=True, b_self=0.1, b_rand=0.4, temperature=0.1, decay=0.9)
+    smooth = smooseg.fit_smooseg(kept, folder=folder / 'smooseg', **short, **energy)
+    book = dict(n_points=3, n_concepts=5, positive=0.5, negative=0.5, decay=0.9)
+    conceptual = cause.fit_cause(kept, folder=folder / 'cause', **short, **book)
     plain = stego.fit_kmeans(kept, smooth=3, **common)
     labels = torch.randint(0, 3, (4, 32, 32), generator=rng())
     stego.linear_probe(made, kept, labels, n_classes=3, seed=0, n_iters=2, batch_size=2)
     options = dict(size=32, patch_size=8, alpha=2.0, flip=True)
-    for model in (made, plain):
+    for model in (made, smooth, conceptual, plain):
         assert model.clusters.is_cuda
         maps = semantic.segment(model, extract, [picture(20, 24), picture(24, 20)], crf=crf.STEGO, **options)
         assert [m.shape for m in maps] == [(20, 24), (24, 20)]
@@ -340,7 +345,7 @@ def test_on_the_gpu(ran, name):
 # ---------------------------------------------------------------- nothing is left out
 
 MODULES = 'features ncut lattice crf maskcut kmeans correspondence labeller stego semantic crops views pretrain augment'
-MODULES += ' boxes rpn roialign cascade backbone pixels model optim predict selftrain'
+MODULES += ' smooseg cause boxes rpn roialign cascade backbone pixels model optim predict selftrain'
 LEFT_OUT = {'views.box': 'boxes are drawn on the CPU, with its random numbers, and moved then'}
 
 

@@ -702,7 +702,7 @@ GOOD = dict(
 @pytest.mark.parametrize(
     'bad, words',
     [
-        (dict(labeller='cause'), "labeller must be 'stego' or 'kmeans', or a .* code, got 'cause'"),
+        (dict(labeller='steg'), "labeller must be one of stego, smooseg, cause, kmeans, or a .* STEGO, got 'steg'"),
         (dict(probe='em'), 'probe must be'),
         (dict(feature='block'), 'feature must be'),
         (dict(crops='ten'), 'crops must be'),
@@ -861,6 +861,8 @@ def test_published_settings_are_complete_sections():
     assert [f.stem for f in files] == [
         'cityscapes_vit_base',
         'cityscapes_vit_small',
+        'coco27_cause',
+        'coco27_smooseg',
         'coco27_vit_base',
         'coco27_vit_small',
     ]
@@ -870,7 +872,7 @@ def test_published_settings_are_complete_sections():
         run_check('stego', nb, values | {'root': '.'})
         s = params['stego']
         assert (
-            s['code_dim'] == (90 if 'base' in f.stem else 70)
+            s['code_dim'] == {'small': 70, 'smooseg': 64}.get(f.stem.split('_')[-1], 90)
             and s['n_classes'] == 27
             and s['pointwise']
             and s['probe'] == 'sgd'
