@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .correspondence import unit
-from .labeller import Labeller, cluster_cosines, probe_loss
-from .steps import new_labeller, step_batch, step_generator, train_head
+from .labeller import Labeller, cluster_cosines, new_labeller, probe_loss
+from .steps import step_batch, step_generator, train_head
 
 # %% ../nbs/55_cause.ipynb #pick_patches
 def pick_patches(x:Tensor,      # [b, d, h, w]

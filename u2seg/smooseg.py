@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .correspondence import correspondence_loss, random_partners, unit
-from .labeller import Labeller, cluster_cosines
-from .steps import new_labeller, step_batch, step_generator, train_head
+from .labeller import Labeller, cluster_cosines, new_labeller
+from .steps import step_batch, step_generator, train_head
 
 # %% ../nbs/55_smooseg.ipynb #smoothness
 def smoothness(feat_a:Tensor, feat_b:Tensor, # [b, d, h, w], [b, d, i, j], no gradient flows to them

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from .correspondence import stego_loss
 from .crf import check_crf
 from .kmeans import spherical_kmeans
-from .labeller import Head, Labeller, PcaHead, check_crops, probe_loss
-from .steps import new_labeller, step_batch, step_generator, train_head
+from .labeller import Head, Labeller, PcaHead, check_crops, new_labeller, probe_loss
+from .steps import step_batch, step_generator, train_head
 from .weights import read_weights
 
 # %% ../nbs/55_stego.ipynb #train_step
