@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from test_name import browser  # noqa: F401, a fixture
-from u2seg import site
+from u2seg import _modidx, site
 
 root = Path(__file__).parents[1]
 
@@ -81,28 +81,59 @@ def test_every_link_of_notebooks_and_readme_leads_to_a_file():
             assert (path.parent / link.split('#')[0]).exists(), f'{path.name}: {link}'
 
 
-def test_links_of_the_book_s_sources(tmp_path):
+@pytest.fixture(scope='module')
+def sources(tmp_path_factory):
+    "What mkdocs makes the site of; not to be changed."
+    to = tmp_path_factory.mktemp('site') / 'docs'
+    site.prepare(root, to)
+    return to
+
+
+def test_links_of_the_book_s_sources(sources):
     "Without building: pages that notebooks and README point to are there, and no placeholder is shown."
-    site.prepare(root, tmp_path / 'docs')
-    pages = tmp_path / 'docs' / 'pages'
+    pages = sources / 'pages'
     for path in [*pages.glob('*.ipynb'), *pages.glob('*.md')]:
         for link in links(path):
             name = link.split('#')[0]
             if link.startswith(('http', '#')):
                 continue
             assert (pages / name).exists() or (pages / name.replace('.html', '.ipynb')).exists(), f'{path.name}: {link}'
-    for path in [tmp_path / 'docs' / 'mkdocs.yml', *pages.rglob('*.md'), *pages.glob('*.ipynb')]:
+    for path in [sources / 'mkdocs.yml', *pages.rglob('*.md'), *pages.glob('*.ipynb')]:
         assert 'example.org/u2seg' not in path.read_text(), f'{path.name}: a placeholder is shown'
 
 
-def test_every_page_leads_to_its_neighbours(tmp_path):
-    site.prepare(root, tmp_path / 'docs')
+def test_each_name_of_the_library_leads_to_the_cell_that_defines_it(sources):
+    "Without building: of each page of a module, every link finds its anchor, and no public function is without one."
+    pages, checked = sources / 'pages', 0
+    anchors = {p.stem: set(re.findall(r'<a id=\\"([\w-]+)\\"', p.read_text())) for p in pages.glob('*.ipynb')}
+    for module, names in _modidx.d['syms'].items():
+        page = (pages / 'api' / f'{module.removeprefix("u2seg.")}.md').read_text()
+        found = re.findall(r'^\[source\]\(\.\./(\w+)\.html#([\w-]+)\)$', page, re.M)
+        dead = [(stem, anchor) for stem, anchor in found if anchor not in anchors[stem]]
+        assert not dead, f'{module}: {dead}'
+        public = {n for n in (name.removeprefix(f'{module}.') for name in names) if not re.search(r'^_|\.', n)}
+        assert {f'source-{n}' for n in public} <= {anchor for _, anchor in found}, module
+        checked += len(found)
+    assert checked > 300
+
+
+def test_headings_give_the_same_anchor_to_the_page_and_to_its_contents():
+    "The list at the side counts headings that stand twice and drops marks of code; the page does neither."
+    for path in (root / 'nbs').glob('*.ipynb'):
+        cells = json.loads(path.read_text())['cells']
+        prose = '\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'markdown')
+        headings = re.findall(r'^#+ (.+)$', re.sub('```.*?```', '', prose, flags=re.S), re.M)
+        twice = {h for h in headings if [x.lower() for x in headings].count(h.lower()) > 1}
+        assert not twice and not [h for h in headings if '`' in h], path.name
+
+
+def test_every_page_leads_to_its_neighbours(sources):
     book = [c.path.stem for c in site.chapters(root)]
     for i, name in enumerate(book):
-        last = links(tmp_path / 'docs' / 'pages' / f'{name}.ipynb')
+        last = links(sources / 'pages' / f'{name}.ipynb')
         neighbours = [f'{book[j]}.html' for j in (i - 1, i + 1) if 0 <= j < len(book)]
         assert last[-len(neighbours) :] == neighbours, name
-    index = json.loads((tmp_path / 'docs' / 'pages' / 'index.ipynb').read_text())
+    index = json.loads((sources / 'pages' / 'index.ipynb').read_text())
     assert ''.join(index['cells'][0]['source']).startswith('# Overview')
 
 

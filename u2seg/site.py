@@ -46,14 +46,15 @@ def _type(annotation):
 
 # %% ../nbs/96_site.ipynb #api_entry
 def api_entry(name:str, thing,
-              chapter:str|None=None # stem of the notebook that defines it
+              stems:dict[str, str]={} # module -> notebook
              )->list[str]: # lines of Markdown
     "Heading, signature, docstring and arguments of a function or class."
+    thing = inspect.unwrap(thing)     # numba compiles some
     if not (inspect.isfunction(thing) or inspect.isclass(thing)): return []
     try: signature = re.sub(ADDRESS, '...', str(inspect.signature(thing)))
     except (ValueError, TypeError): signature = ''
     code = f'```python\n{name}{signature}\n```'
-    source = [f'[source](../{chapter}.html#source-{name})', ''] if chapter else []
+    source = _source(name, stems.get(thing.__module__.removeprefix('u2seg.')))
     lines = [f'### {name}', '', code, '', inspect.getdoc(thing) or '', '', *source, *argument_rows(thing)]
     for k, m in vars(thing).items() if inspect.isclass(thing) else ():
         method = getattr(m, '__func__', m)
@@ -61,16 +62,18 @@ def api_entry(name:str, thing,
         lines += [f'**{k}** — {inspect.getdoc(method)}', '', *argument_rows(method)]
     return lines
 
-def api_page(module:str, chapter:str|None=None)->str: # Markdown
+def _source(name, stem): return [f'[source](../{stem}.html#source-{name})', ''] if stem else []
+
+def api_page(module:str, stems:dict[str, str]={})->str: # Markdown
     "The public names of a module of the library."
     try: mod = importlib.import_module(f'u2seg.{module}')
-    except ImportError as e: return _unimported(module, e)
+    except ImportError as e: return _unimported(module, e, stems.get(module))
     lines = [f'# u2seg.{module}', '', inspect.getdoc(mod) or '', '']
-    for name in mod.__all__: lines += api_entry(name, getattr(mod, name), chapter)
+    for name in mod.__all__: lines += api_entry(name, getattr(mod, name), stems)
     return '\n'.join(lines)
 
 # %% ../nbs/96_site.ipynb #unimported
-def _unimported(module, error):
+def _unimported(module, error, stem=None):
     "The page of a module whose own dependency is not installed, from its source."
     tree = ast.parse(Path(importlib.util.find_spec(f'u2seg.{module}').origin).read_text())
     lines = [f'# u2seg.{module}', '', ast.get_docstring(tree) or '', '', f'*Not imported here: {error}*', '']
@@ -78,7 +81,7 @@ def _unimported(module, error):
         if not isinstance(d, (ast.FunctionDef, ast.ClassDef)) or d.name.startswith('_'): continue
         lines += [f'### {d.name}', '']
         if isinstance(d, ast.FunctionDef): lines += [f'```python\n{d.name}({ast.unparse(d.args)})\n```', '']
-        lines += [ast.get_docstring(d) or '', '']
+        lines += [ast.get_docstring(d) or '', '', *_source(d.name, stem)]
     return '\n'.join(lines)
 
 # %% ../nbs/96_site.ipynb #chapters
@@ -200,11 +203,12 @@ def prepare(root:str|Path, # the repository
     pages, book = to/'pages', chapters(root)
     shutil.rmtree(to, ignore_errors=True)
     (pages/'api').mkdir(parents=True)
+    stems = {c.module: c.path.stem for c in book if c.module}
     for c, before, after in zip(book, [None, *book], [*book[1:], None]):
         page = readable(c.path.read_text(), before, after)
         (pages/c.path.name).write_text(page)
         if before is None: (pages/'index.ipynb').write_text(page)
-        if c.module: (pages/'api'/f'{c.module}.md').write_text(api_page(c.module, c.path.stem))
+        if c.module: (pages/'api'/f'{c.module}.md').write_text(api_page(c.module, stems))
     readme = (root/'README.md').read_text()
     (pages/'about.md').write_text(readme_page(readme))
     for name in linked_files(readme):
