@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from xml.etree import ElementTree as ET
 
 import numpy as np
@@ -16,8 +17,11 @@ from u2seg import cli
 from u2seg import export as E
 from u2seg.coco import read_instances
 from u2seg.forms import read_yolo
+from u2seg.gallery import _clusters_of
 from u2seg.images import read_json, write_json, write_png
 from u2seg.masks import encode_rle, instances_json, read_ids, write_ids
+from u2seg.names import Names, write_names
+from u2seg.predictions import instances_of, map_of, read_predictions
 
 NAMES = ['a b', '"q" & <x>', 'קטגוריה']
 
@@ -285,6 +289,64 @@ def test_the_score_chooses_among_panoptic_segments(fmt, score, kept, tmp_path):
     found = {c: r for c, r in READERS[fmt](tmp_path / 'out')['1.png']}
     masks = {1: one, 2: two, 4: stuff}
     assert {c: r['counts'] for c, r in found.items()} == {c: encode_rle(masks[c])['counts'] for c in kept}
+
+
+def write_run(folder, named):
+    "A run's pseudo-labels of one image, `out/panoptic`: clusters 1 to 3 of things, 4 and 5 of stuff."
+    one, two, three, pixel = regions(60, 80, 3)
+    left = np.arange(80) < np.nonzero(three)[1].mean()
+    masks = {1: one, 2: two, 3: three & left, 4: pixel, 5: three & ~left}
+    things = [dict(image_id=1, category_id=c, score=0.9, segmentation=encode_rle(masks[c])) for c in (1, 2, 3)]
+    images = [dict(id=1, file_name='a/1.png', height=60, width=80)]
+    categories = [dict(id=c, name=f'cluster {c}', isthing=int(c < 4)) for c in masks]
+    out = folder / 'out'
+    write_json(out / 'panoptic/instances.json', instances_json(images, things, categories[:3]))
+    write_ids(out / 'panoptic/panoptic/1.png', sum(c * m for c, m in masks.items()))
+    segments = [dict(id=c, category_id=c) for c in masks]
+    annotation = dict(image_id=1, file_name='1.png', segments_info=segments)
+    panoptic = dict(images=images, categories=categories, annotations=[annotation])
+    write_json(out / 'panoptic/panoptic.json', panoptic)
+    write_png(folder / 'photos/a/1.png', np.zeros((60, 80, 3), np.uint8))
+    write_json(out / 'cluster/clusters.json', {})
+    (folder / 'params.yaml').write_text('data: {root: photos}')
+    names = Names(3, 2, named, frozenset('2'), clusters=_clusters_of(out, 3).clusters)
+    write_names(folder / 'names.yaml', names)
+    return out / 'panoptic', masks
+
+
+def test_pseudo_labels_leave_by_name(tmp_path):
+    "Clusters of one name are one class, the discarded one is void; the run's own files stay."
+    source, masks = write_run(tmp_path, {'1': NAMES[0], '3': NAMES[0], '4': NAMES[2], '5': NAMES[2]})
+    before = files_of(tmp_path / 'out')
+    assert E.export(source, tmp_path / 'coco', 'coco', val=0) == dict(images=1, objects=2)
+    coco = read_json(tmp_path / 'coco/instances_train.json')
+    assert coco['categories'] == [dict(id=1, name=NAMES[0])]
+    assert [a['area'] for a in coco['annotations']] == [masks[1].sum(), masks[3].sum()]
+    assert E.export(source, tmp_path / 'panoptic', 'coco-panoptic', val=0) == dict(images=1, objects=3)
+    found = read_panoptic_files(tmp_path / 'panoptic')['a/1.png']
+    expected = [(1, masks[1]), (1, masks[3]), (2, masks[4] | masks[5])]
+    assert [(c, r['counts']) for c, r in found] == [(c, encode_rle(m)['counts']) for c, m in expected]
+    assert os.path.realpath(read_predictions(source).images[0]['path']) == os.path.realpath(tmp_path / 'photos/a/1.png')
+    assert files_of(tmp_path / 'out') == before
+    (tmp_path / 'names.yaml').write_text((tmp_path / 'names.yaml').read_text().replace(NAMES[0], 'cat'))
+    with pytest.raises(ValueError, match='another naming'):
+        E.export(source, tmp_path / 'coco', 'coco', val=0)
+    write_json(tmp_path / 'out/cluster/instances.json', {})  # clustered anew
+    with pytest.raises(ValueError, match='names.yaml: the names belong to other clusters'):
+        E.export(source, tmp_path / 'x', 'coco', val=0)
+
+
+def test_parts_of_a_cluster_are_told_apart_in_pseudo_labels(tmp_path):
+    "Cluster 1 is split by the mask's mean row; instances and segments go to the same part."
+    source, masks = write_run(tmp_path, {})
+    embed = lambda image, m: np.float32([[np.nonzero(x)[0].mean()] for x in m])
+    middle = np.nonzero(masks[1])[0].mean()
+    for centroids, name in (([[middle], [60]], 'high'), ([[-60], [middle]], 'low')):
+        names = Names(3, 2, {'1a': 'high', '1b': 'low'}, parts={'1': np.float32(centroids)})
+        p = replace(read_predictions(source), names=names, embed=embed, categories=names.categories)
+        category = {c['name']: c['id'] for c in names.categories}
+        assert instances_of(p, p.images[0], 0.5)[0]['category_id'] == category[name]
+        assert map_of(p, p.images[0], 0.5)[1][0] == category[name]
 
 
 def test_a_folder_holds_one_export(tmp_path):

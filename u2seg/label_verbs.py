@@ -43,7 +43,7 @@ def finetune(labels:str, weights:str, out:str='finetuned', images:str|None=None,
 def label_verbs(verb): # `verb(function)` adds a verb and gives its parser
     "Add the verbs `export`, `suggest` and `finetune` to the command line."
     v = verb(export)
-    v.add_argument('predictions', help='a folder of u2seg predict, or a file of COCO instances')
+    v.add_argument('predictions', help='a folder of u2seg predict, out/panoptic, or a file of COCO instances')
     v.add_argument('--format', required=True, help='coco, coco-panoptic, yolo, label-studio, cvat, voc or png')
     v.add_argument('--out', default='exported', help='folder of its own (default: exported)')
     v.add_argument('--images', help='folder of the images, if the predictions do not know it')
