@@ -184,7 +184,10 @@ def _execute(stage, source, ran, values, root):
             papermill.execute_notebook(str(source), str(ran), values, cwd=str(root), kernel_name='python3',
                                        language='python', progress_bar=False, stderr_file=sys.stderr, config=config)
             return
-        except papermill.PapermillExecutionError as e: reason = f'{e.ename}: {e.evalue}\n(cell by cell in {ran})'
+        except papermill.PapermillExecutionError as e:
+            if e.ename == 'ValueError' and e.source == _tagged(nbformat.read(source, 4), 'check'):
+                raise ValueError(f'{stage}.{e.evalue}') from None
+            reason = f'{e.ename}: {e.evalue}\n(cell by cell in {ran})'
         except RuntimeError as e:                               # the kernel's process is gone
             reason = f'{e}, perhaps for want of memory; the same command goes on from what is finished'
     if not got: raise SystemExit(f'stage {stage}: {reason}')
@@ -217,9 +220,10 @@ def run_stage(stage:str, root:str|Path='.')->dict[str, float]: # id of each cell
     nb = nbformat.read(source, 4)
     values = stage_values(stage, load_params(root), declared(nb))
     n = n_processes(stage)
-    run_check(stage, nb, values | {'root': str(root)})
     end_with_dvc()
-    if n > 1: become_torchrun(stage, n, root)
+    if n > 1:
+        run_check(stage, nb, values | {'root': str(root)})  # one error, not one of each process
+        become_torchrun(stage, n, root)
     out, scratch = Path(root, 'out', stage), Path(root, 'out', '.work', stage)
     out.mkdir(parents=True, exist_ok=True)
     scratch.mkdir(parents=True, exist_ok=True)
