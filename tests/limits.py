@@ -30,13 +30,28 @@ def is_shown(cells, i):
     return bool(following) and not ''.join(following[0]['source']).startswith('#| export')
 
 
-def draws(cell):
-    "Is the last expression a figure? A semicolon behind it, which hides it, does not matter."
+def last_value(cell):
+    "The expression that a cell ends in, or None."
     try:
         last = ast.parse(''.join(cell['source'])).body[-1:]
     except SyntaxError:  # a magic
+        return None
+    return last[0].value if last and isinstance(last[0], ast.Expr) else None
+
+
+def is_silent(cell):
+    "Does it end in an expression, or print, and hold no output? A method, a test or what draws files may return None."
+    source, value = ''.join(cell['source']), last_value(cell)
+    if value is None or cell['outputs'] or source.startswith('#| hide') or source.rstrip().endswith(';'):
         return False
-    value = last[0].value if last and isinstance(last[0], ast.Expr) else None
+    if not isinstance(value, ast.Call):
+        return True
+    return isinstance(value.func, ast.Name) and not re.fullmatch(r'test_\w+|draw_dataset|save_\w+', value.func.id)
+
+
+def draws(cell):
+    "Is the last expression a figure? A semicolon behind it, which hides it, does not matter."
+    value = last_value(cell)
     if isinstance(value, ast.IfExp):
         value = value.body
     if isinstance(value, ast.Call) and ast.unparse(value.func) == 'display' and value.args:
@@ -70,6 +85,7 @@ def faults_of_notebook(path):
         'prose': prose < 0.7 * len(exports),
         'demo': demos < 0.75 * len(exports),
         'picture': any(draws(c) and not holds_picture(c) for c in code),
+        'silent': not stage and any(is_silent(c) for c in code),
         'def': stage and any(re.match(r'\s*def ', l) for c in code for l in lines(c)),
         'stage cells': stage and len(code) > 12,
         'words': any(re.search(FORBIDDEN, l) for c in cells for l in lines(c)),

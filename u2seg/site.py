@@ -195,6 +195,17 @@ def on_page_content(html:str, **_)->str:
     "A page without the script of MathJax: mkdocs calls this for each page."
     return re.sub(r'<script[^>]*\ssrc=""[^>]*>\s*</script>', '', html)
 
+# %% ../nbs/96_site.ipynb #config
+def _config(book):
+    "What `mkdocs.yml` says."
+    theme = dict(name='material', font=False, features=['navigation.footer', 'content.code.copy'])
+    notebook = dict(execute=False, include_source=False, no_prompt=True, ignore_h1_titles=True)
+    plugins = ['search', {'mkdocs-jupyter': notebook}]
+    return dict(site_name='u2seg-notebooks', docs_dir='pages', site_dir='site', use_directory_urls=False,
+                theme=theme, plugins=plugins, nav=navigation(book), extra_css=['style.css'],
+                hooks=[importlib.util.find_spec('u2seg.site').origin],
+                markdown_extensions=['tables', 'attr_list', 'fenced_code', 'md_in_html'])
+
 # %% ../nbs/96_site.ipynb #prepare
 def prepare(root:str|Path, # the repository
             to:str|Path):  # folder for `mkdocs.yml` and the pages' sources
@@ -218,11 +229,4 @@ def prepare(root:str|Path, # the repository
     for kind in ('*.png', '*.jpg'):
         for image in (root/'nbs').glob(kind): shutil.copy(image, pages)
     (pages/'style.css').write_text(STYLE)
-    theme = dict(name='material', font=False, features=['navigation.footer', 'content.code.copy'])
-    notebook = dict(execute=False, include_source=False, no_prompt=True, ignore_h1_titles=True)
-    plugins = ['search', {'mkdocs-jupyter': notebook}]
-    config = dict(site_name='u2seg-notebooks', docs_dir='pages', site_dir='site', use_directory_urls=False,
-                  theme=theme, plugins=plugins, nav=navigation(book), extra_css=['style.css'],
-                  hooks=[importlib.util.find_spec('u2seg.site').origin],
-                  markdown_extensions=['tables', 'attr_list', 'fenced_code', 'md_in_html'])
-    (to/'mkdocs.yml').write_text(yaml.safe_dump(config, sort_keys=False))
+    (to/'mkdocs.yml').write_text(yaml.safe_dump(_config(book), sort_keys=False))
