@@ -1,6 +1,6 @@
 """What a few labels are worth on the embedded data, and which images to label: results/labels.csv.
 
-python benchmarks/labels.py [SEED ...]     what is in the file already is not run again
+python benchmarks/labels.py [SEED ...]     what is in the file already, of the same weights, is not run again
 """
 
 import csv
@@ -13,7 +13,8 @@ import numpy as np
 from u2seg.coco import read_instances
 from u2seg.finetune import _scores, finetune
 from u2seg.folder import predict_folder
-from u2seg.images import read_json, write_json
+from u2seg.images import write_json
+from u2seg.matching import file_hash
 from u2seg.polygons import joined, polygons
 from u2seg.predict import U2Seg
 from u2seg.suggest import suggest
@@ -21,7 +22,8 @@ from u2seg.truth import read_truth
 
 root = Path(__file__).parents[1]
 data, results = root / 'data/embedded', root / 'benchmarks/results/labels.csv'
-scratch = root / 'out/.work/labels'
+MODEL = file_hash(root / 'out/train/model.safetensors')[:8]
+scratch = root / 'out/.work/labels' / MODEL
 SPLIT, N_POOL, N_TEST, N_ITERS = 'scenes/train', 200, 50, 48
 
 
@@ -77,7 +79,7 @@ def run(how, weights, n, seed):
     truth = type(test)(test.split, test.panoptic.but(categories=_things(test)), test.maps, instances)
     scores = _scores(one.model, data, truth)
     scores = {k: round(v, 4) for k, v in scores.items()}
-    row = dict(how=how, weights=weights, n=n, seed=seed, objects=n_objects, **scores)
+    row = dict(how=how, weights=weights, n=n, seed=seed, objects=n_objects, **scores, model=MODEL)
     return dict(row, rounds=len(result['rounds']), seconds=round(time.time() - start))
 
 
@@ -98,6 +100,7 @@ def jobs(seeds):
 
 def main(seeds):
     rows = list(csv.DictReader(results.open())) if results.exists() else []
+    rows = [r for r in rows if r['model'] == MODEL]  # weights of another training say nothing about these
     done = {(r['how'], r['weights'], int(r['n']), int(r['seed'])) for r in rows}
     for job in jobs(seeds):
         if job in done:
