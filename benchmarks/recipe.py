@@ -1,10 +1,12 @@
 """A recipe rehearsed before its data and its GPUs are at hand: the time, memory and disk of each stage, by image.
 
-    python benchmarks/recipe.py coco --images 16 32 64      # writes benchmarks/results/recipe.md
+    python benchmarks/recipe.py coco --images 8 16 32      # writes benchmarks/results/recipe.md, in 20 core-minutes
 
 The images are drawn, in COCO's layout and size: 640 x 480, 133 categories, crowds, COCO-Stuff's maps. The weights are
-random, in the files of their publishers. The recipe is that of `configs/`, with the reductions of `REDUCED`. Each stage
-runs by its own command; its costs at three numbers of images give a slope, and that times COCO's 118,287 an estimate.
+random, in the files of their publishers. The recipe is that of `configs/`, with the reductions of `REDUCED`: a few
+iterations. The networks are small, too, because theirs is a GPU's time, which benchmarks/gpu.py measures (`--full`:
+the recipe's own). So what is measured is the CPU's part, memory and disk. Each stage runs by its own command; its
+costs at three numbers of images give a slope, and that times COCO's 118,287 an estimate.
 """
 
 import argparse
@@ -36,7 +38,7 @@ REDUCED = dict(  # what the rehearsal changes in a recipe
     cutler=dict(
         solver=dict(FEW, n_iters=2),
         self_training=dict(n_iters=2),
-        detect=dict(score_threshold=0.0, n_procs=1),
+        detect=dict(score_threshold=0.0, n_procs=1, n_max=5),
         n_workers=0,
     ),
     cluster=dict(k=8),
@@ -46,11 +48,14 @@ REDUCED = dict(  # what the rehearsal changes in a recipe
     fewshot=dict(percents=[50], n_iters=[2], solver=FEW, inits=['u2seg'], n_workers=0, n_val=2),
     maskcut=dict(n_procs=1),
 )
-SMALL = dict(  # and the small form, of the tests
+NETWORKS = dict(  # but for --full
     features=dict(backbone='vit_tiny_patch16_224'),
+    network=dict(depth=18, fpn_channels=16, fc_dim=32, mask_dim=16, sem_dim=16),
+)
+SMALL = dict(  # and the small form, of the tests
     maskcut=dict(size=96),
     augment=dict(short_sides=[96], max_size=128),
-    network=dict(depth=18, fpn_channels=16, fc_dim=32, mask_dim=16, sem_dim=16, min_size=96, max_size=128),
+    network=dict(min_size=96, max_size=128),
 )
 
 
@@ -118,12 +123,13 @@ def make_weights(params, root):
         torch.save(state, root / path)
 
 
-def prepare(root, recipe, n_images, small=False):
+def prepare(root, recipe, n_images, full=False, small=False):
     "A folder in which the recipe can run: notebooks, params.yaml, data and weights; the reductions."
     for name in ('nbs', 'configs'):
         shutil.copytree(ROOT / name, root / name)
     use(recipe, root)
-    changes = overlay(REDUCED, SMALL) if small else REDUCED
+    changes = REDUCED if full else overlay(REDUCED, NETWORKS)
+    changes = overlay(changes, SMALL) if small else changes
     params = overlay(yaml.safe_load((root / 'params.yaml').read_text()), changes)
     (root / 'params.yaml').write_text(yaml.safe_dump(params, sort_keys=False))
     data = root / params['data']['root']
@@ -176,15 +182,16 @@ def report(recipe, sizes, rows, changes):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('recipe', nargs='?', default='coco')
-    parser.add_argument('--images', type=int, nargs='+', default=[16, 32, 64])
+    parser.add_argument('--images', type=int, nargs='+', default=[8, 16, 32])
     parser.add_argument('--stages', nargs='+', default=STAGES)
-    parser.add_argument('--small', action='store_true', help='tiny networks and images')
+    parser.add_argument('--full', action='store_true', help="the recipe's own networks")
+    parser.add_argument('--small', action='store_true', help='tiny images')
     parser.add_argument('--out', type=Path, default=ROOT / 'benchmarks' / 'results' / 'recipe.md')
     args = parser.parse_args()
     rows = []
     for n in args.images:
         with tempfile.TemporaryDirectory() as folder:
-            changes = prepare(Path(folder), args.recipe, n, args.small)
+            changes = prepare(Path(folder), args.recipe, n, args.full, args.small)
             rows += [run_stage(Path(folder), stage) for stage in args.stages]
         args.out.write_text(report(args.recipe, args.images[: args.images.index(n) + 1], rows, changes))
 

@@ -13,7 +13,8 @@ import numpy as np, torch
 from torch import nn
 from u2seg.images import write_json, write_png
 from u2seg.masks import instances_json
-from u2seg.shards import sharded
+from functools import partial
+from u2seg.shards import run_shared, sharded
 from u2seg.augment import Augment
 from u2seg.solver import Solver
 from u2seg.batches import Batches, PseudoLabels
@@ -25,6 +26,13 @@ def work(batch):
     time.sleep(.02)
     with open(out/'done', 'a') as f: f.write(''.join(f'{rank} {i}\\n' for i in batch))
     return [dict(square=i * i) for i in batch]
+if sys.argv[3] == 'jobs':
+    def job(i):
+        work([i])
+        return dict(square=i * i)
+    jobs = [partial(job, i) for i in range(60)]
+    write_json(out/f'records{rank}.json', run_shared(jobs, out/'jobs', key={}, n_procs=1))
+    raise SystemExit
 items = [dict(id=i, file_name=f'{i}.jpg') for i in range(60)]
 records, skipped = sharded(items, lambda item: item['id'], work, out/'shards', key={}, shard_size=3, batch_size=3)
 write_json(out/f'records{rank}.json', records)
@@ -80,7 +88,7 @@ ENV = {k: v for k, v in os.environ.items() if k not in ('RANK', 'WORLD_SIZE', 'L
 )
 
 
-def torchrun(given, out):
+def torchrun(given, out, what):
     "Two agents that meet at a port of loopback, one worker each."
     out.mkdir()
     cmd = [
@@ -106,7 +114,7 @@ def torchrun(given, out):
         str(given / 'worker.py'),
         str(given),
         str(out),
-        'label',
+        what,
     ]
     return [
         subprocess.Popen(cmd, env=ENV, stdout=subprocess.DEVNULL, stderr=open(out / f'host{i}.log', 'w'))
@@ -156,10 +164,12 @@ def shards_in_order(out):
     return len(done)
 
 
-def test_torchrun_restarts_a_killed_worker_and_the_labels_are_those_of_one(given, tmp_path):
+@pytest.mark.parametrize('what,made', [('label', 'shard_*.json'), ('jobs', 'job_*.pickle')])
+def test_torchrun_restarts_a_killed_worker_and_the_results_are_those_of_one(given, tmp_path, what, made):
+    "Labels; and jobs, by which evaluation and the scores of few-shot runs are shared."
     out = tmp_path / 'killed'
-    ps = torchrun(given, out)
-    wait_for(lambda: len(list(out.rglob('shard_*.json'))) >= 4, ps)
+    ps = torchrun(given, out, what)
+    wait_for(lambda: len(list(out.rglob(made))) >= 4, ps)
     os.kill(int((out / 'pids').read_text().split()[-1]), signal.SIGKILL)
     finish(ps, out)
     assert (out / 'records0.json').read_bytes() == (out / 'records1.json').read_bytes() and len(
