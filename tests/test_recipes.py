@@ -1,6 +1,7 @@
 "Recipes: differences laid over the default, comments kept, and back to the same bytes."
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -112,6 +113,36 @@ def test_the_command(repo):
     assert wrong.returncode == 1 and wrong.stderr.startswith("u2seg: no recipe 'cocoo'")
 
 
+def measured(name, part, row, column=1):
+    "A number of a table of benchmarks/results: the first such row after `part`."
+    text = (root / 'benchmarks' / 'results' / f'{name}.md').read_text().split(part, 1)[1]
+    line = next(l for l in text.splitlines() if l.startswith(f'| {row} |'))
+    return float(line.split('|')[1 + column])
+
+
+def test_the_hours_for_photographs_follow_the_measured_rates():
+    (gpu, gpu_once), (cpu, cpu_once) = R._GPU, R._CPU
+    loader = measured('gpu', '## loader', '4 processes') / 16  # seconds an image, batches of 16
+    assert gpu == pytest.approx(loader * 4 / 2, rel=0.01)  # two processes
+    assert cpu == pytest.approx(measured('model', 'R50', 'training step, 2 pictures', 4) / 2, rel=0.01)
+    masks, whole = 1 / measured('gpu', '## whole', 'bfloat16, images/s'), measured('gpu', '## inference', 'whole')
+    stuff = measured('gpu', '## stuff', 'ms an image, with CRF')
+    assert masks + whole / 1000 + stuff / 1000 < gpu_once < 1.2 * (masks + whole / 1000 + stuff / 1000)
+    assert measured('model', 'R50', 'inference, 1 picture', 4) < cpu_once < 20
+
+
+def test_the_head_of_the_recipe_for_photographs_says_these_hours():
+    head = ' '.join(
+        l.strip('# ') for l in (root / 'configs' / 'photos.yaml').read_text().split('base:')[0].splitlines()
+    )
+    shown = re.search('Cost for (.+) images: (.+) hours on one GPU, or (.+) core-hours on CPUs', head)
+    sizes, *hours = ([float(x.replace(',', '')) for x in re.split(', | and ', part)] for part in shown.groups())
+    assert sizes == [50, 1000, 10000, 50000]
+    for numbers, rates in zip(hours, (R._GPU, R._CPU)):
+        expected = [R._hours(n, 50 * round(3 * n**0.5), rates) for n in sizes]
+        assert numbers == pytest.approx(expected, rel=0.1)
+
+
 def test_a_folder_of_photographs_gives_the_recipe_its_size(repo, tmp_path):
     for i in range(120):
         (tmp_path / 'trip' / f'{i % 7}' / f'{i}.jpg').parent.mkdir(parents=True, exist_ok=True)
@@ -123,6 +154,7 @@ def test_a_folder_of_photographs_gives_the_recipe_its_size(repo, tmp_path):
     assert params['cluster']['k'] == 20  # 120 / 6 < 2 sqrt(120)
     assert params['cutler']['solver']['n_iters'] == params['train']['solver']['n_iters'] == 1650  # 150 sqrt(120)
     assert f'\n# 120 images in {tmp_path}/trip: 20 clusters; 1,650 iterations' in text
+    assert '\n# About 0.7 hours on one GPU (H100), or 62 core-hours on CPUs.\n' in text
     before = text
     for name, folder, message in [
         ('coco', 'trip', 'recipe coco is made for its own data'),

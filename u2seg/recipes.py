@@ -46,7 +46,13 @@ def differences(name:str, root:str|Path='.')->tuple[dict, list[str]]: # nested v
     return overlay(below, own), [name, *names]
 
 # %% ../nbs/97_recipes.ipynb #for_images
-def for_images(folder:str|Path)->tuple[dict, str]: # values of parameters, nested; a line that says so
+_GPU, _CPU = (.093, .13), (8.4, 17.)     # seconds an image of training, and an image of the folder once
+
+def _hours(n, n_iters, rates):
+    "Hours for a folder of n images: cutler and train with batches of 8, and once each image."
+    return (2*8*n_iters*rates[0] + n*rates[1])/3600
+
+def for_images(folder:str|Path)->tuple[dict, str]: # values of parameters, nested; lines that say so
     "What the recipe `photos` takes from a folder; `ValueError` if it holds no image."
     folder = Path(folder).expanduser()
     n = len(list_images(folder, ['.']))
@@ -54,7 +60,9 @@ def for_images(folder:str|Path)->tuple[dict, str]: # values of parameters, neste
     n_iters = 50*round(3*math.sqrt(n))
     solver = dict(solver=dict(n_iters=n_iters))
     values = dict(data=dict(root=str(folder), train=['.'], val=[]), cluster=dict(k=k), cutler=solver, train=solver)
-    return values, f'# {n:,} images in {folder}: {k} clusters; {n_iters:,} iterations of cutler, as many of train.'
+    gpu, cpu = (_hours(n, n_iters, rates) for rates in (_GPU, _CPU))
+    note = f'# {n:,} images in {folder}: {k} clusters; {n_iters:,} iterations of cutler, as many of train.'
+    return values, f'{note}\n# About {gpu:.1f} hours on one GPU (H100), or {cpu:,.0f} core-hours on CPUs.'
 
 # %% ../nbs/97_recipes.ipynb #compose
 def _lay(section, changes, params, at):
