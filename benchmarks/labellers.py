@@ -1,12 +1,13 @@
 """SmooSeg and CAUSE against STEGO and k-means on the same features: PixelAcc and mIoU one-to-one, maps without CRF.
 
-    python benchmarks/labellers.py --labelled DIR [--seeds 5] [--axes 64] [--cache FILE] [--out FILE.md]
+    python benchmarks/labellers.py --labelled DIR [--seeds 5] [--axes 64] [--cache FILE] [--out FILE.md] [--sweep]
 
 DIR holds `objects/` and `scenes/` with a labelled split `val`: `data/embedded`, or images drawn from another seed to
 tune on. Training sees the images of `params.yaml` without labels. Settings are those of `params.yaml` and, of SmooSeg
 and CAUSE, what `configs/smooseg.yaml` and `configs/cause.yaml` change. Each labeller is scored with the clusters that
 it learned (`sgd`) and with those of k-means on its codes. Scores are kept beside FILE.md as CSV; a run that was killed
 goes on with the rows that are missing. --axes projects the features of all labellers on so many axes, which is faster.
+--sweep prints what other settings of SmooSeg and CAUSE score, seed 0.
 """
 
 import argparse, csv, statistics, tempfile, time
@@ -27,20 +28,41 @@ COMMON = 'n_classes', 'code_dim', 'dropout', 'n_iters', 'batch_size', 'lr', 'lr_
 ROWS = ('k-means', 'kmeans'), *((name, p) for name in ('STEGO', 'SmooSeg', 'CAUSE') for p in ('sgd', 'kmeans'))
 
 
+SWEEP = dict(
+    SmooSeg=[
+        dict(b_rand=0.5),
+        dict(b_rand=0.5, decay=0.95),
+        dict(b_rand=0.5, decay=0.998),
+        dict(b_rand=0.5, temperature=0.05),
+        dict(b_rand=0.5, temperature=0.3),
+        dict(b_self=0.1, b_rand=0.5),
+        dict(b_self=0.3, b_rand=0.3),
+        dict(b_self=0.3, b_rand=0.6),
+        dict(b_self=0.7, b_rand=0.7),
+    ],
+    CAUSE=[
+        dict(positive=0.3, negative=0.1),
+        dict(positive=0.8, negative=0.4),
+        dict(n_concepts=32),
+        dict(n_concepts=256),
+    ],
+)
+
+
 def settings(p, name):
     "Section `stego` with a recipe laid over it, own subsection included."
     changes = differences(name, Path('.'))[0]['stego']
     return p | changes | {name: p[name] | changes.get(name, {})}
 
 
-def fit(name, p, features, neighbors, seed, folder):
+def fit(name, p, features, neighbors, seed, folder, own={}):
     options = dict(seed=seed, folder=folder)
     if name == 'STEGO':
         return fit_stego(features, neighbors, **fit_args(p), **options)
     if name == 'k-means':
         return fit_kmeans(features, n_classes=p['n_classes'], code_dim=64, smooth=1, seed=seed)
     s = settings(p, name.lower())
-    options |= {k: s[k] for k in COMMON} | s[name.lower()]
+    options |= {k: s[k] for k in COMMON} | s[name.lower()] | own
     if name == 'SmooSeg':
         return fit_smooseg(features, pointwise=s['pointwise'], **options)
     return fit_cause(features, n_points=s['n_points'], **options)
@@ -66,6 +88,17 @@ def measure(rows, path, p, features, neighbors, truth, seeds):
                 )
             write(path, rows)
     return rows
+
+
+def sweep(p, features, neighbors, truth):
+    for name, changes in SWEEP.items():
+        for own in ({}, *changes):
+            with tempfile.TemporaryDirectory() as folder:
+                labeller = fit(name, p, features, neighbors, 0, folder, own)
+            refit = refit_probe(labeller, features, seed=0)
+            for probe, scored in dict(sgd=labeller, kmeans=refit).items():
+                shown = {k: round(float(v), 3) for k, v in summary(truth.votes(scored)).items()}
+                print(name, own or 'as chosen', probe, shown, flush=True)
 
 
 def write(path, rows):
@@ -112,6 +145,7 @@ def main():
     q.add_argument('--seeds', type=int, default=5)
     q.add_argument('--axes', type=int, default=0)
     q.add_argument('--cache')
+    q.add_argument('--sweep', action='store_true')
     q.add_argument('--out', default='benchmarks/results/labellers.md')
     args = q.parse_args()
     params = yaml.safe_load(Path('params.yaml').read_text())
@@ -122,6 +156,8 @@ def main():
     if args.axes:
         features, kept = project(features, truth, args.axes)
         note = f' on their first {args.axes} axes ({kept:.1%} of their squares)'
+    if args.sweep:
+        return sweep(p, features, neighbors, truth)
     rows = measure(read(scores), scores, p, features, neighbors, truth, range(args.seeds))
     text, n_seeds = table(rows, p['probe'])
     axes = f' --axes {args.axes}' if args.axes else ''
@@ -130,7 +166,7 @@ def main():
 `python benchmarks/labellers.py --labelled {args.labelled}{axes} --seeds {n_seeds}`, one thread.
 {len(truth.maps)} labelled images; {p['n_classes']} clusters matched one-to-one to 8 thing and 6 stuff classes; "stuff":
 pixels of the 6 stuff classes alone, matched one-to-one anew. Trained on {len(features)} images without labels.
-Features `{p['feature']}`{note}, the same for all; maps at {truth.size} px without CRF. "clusters": `sgd` those learned in
+Features `{p['feature']}`{note}, the same for all; maps at {truth.size} px without CRF. "clusters": `sgd` as learned in
 training, `kmeans` computed anew from the codes. Percent, mean ± standard deviation of {n_seeds} seeds; differences to
 STEGO with `{p['probe']}`, seed by seed.
 
