@@ -4,7 +4,7 @@
 
 The pipeline in small (tests/small.yaml) runs once from beginning to end, and once so that each stage is hit by each of
 `BLOWS`, at a moment that is drawn, and started again by `dvc repro`. A moment is a fraction of the CPU time that the
-stage took in the first run; all but the first lie after the imports. After a blow nothing of the run may be left running.
+stage took in the first run; all but the first lie after the imports. After a blow nothing of it may be left running.
 At the end all files under out/ are compared, but for the executed notebooks, which hold times.
 """
 
