@@ -14,6 +14,9 @@ import pytest
 import torch
 import yaml
 
+sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
+import stops
+
 from u2seg.images import write_json, write_png
 from u2seg.masks import encode_rle, instances_json
 from u2seg.recipes import overlay
@@ -117,3 +120,31 @@ def test_a_stage_that_is_stopped_goes_on(repository, whole, how):
     assert start(folder, 'u2seg', 'run', 'cutler').wait(300) == 0, log.read_text()[-3000:]
     assert (folder / 'out' / 'cutler' / 'model.safetensors').read_bytes() == whole
     assert json.loads((folder / 'out' / 'cutler' / 'metrics.json').read_text())['iterations'] == N_ITERS
+
+
+STEGO = dict(
+    data=dict(root='images', train=['a']),
+    stego=dict(size=64, n_classes=3, n_iters=60, batch_size=4, n_neighbors=3, segment=dict(size=64), n_procs=2),
+)
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='processes of DVC are found in /proc')
+def test_a_stage_hit_at_random_moments_ends_in_the_same_bytes(repository, tmp_path):
+    "Stage stego, which trains, labels, and starts processes; `make nightly` does this to all stages."
+    whole = tmp_path / 'whole'
+    for name in ('nbs', 'out/features'):
+        (whole / name).mkdir(parents=True)
+    shutil.copytree(repository / 'images', whole / 'images')
+    shutil.copy(next((root / 'nbs').glob('*_run_stego.ipynb')), whole / 'nbs')
+    shutil.copy(root / 'out' / 'features' / 'backbone.safetensors', whole / 'out' / 'features')
+    params = overlay(yaml.safe_load((root / 'params.yaml').read_text()), STEGO)
+    (whole / 'params.yaml').write_text(yaml.safe_dump(params))
+    stage = yaml.safe_load((root / 'dvc.yaml').read_text())['stages']['stego']
+    stage = {
+        k: stage[k] for k in ('cmd', 'outs', 'plots')
+    }  # all that it writes: DVC skips a stage whose outputs are right
+    (whole / 'dvc.yaml').write_text(yaml.safe_dump(dict(stages=dict(stego=stage))))
+    subprocess.run(['dvc', 'init', '-q', '--no-scm'], cwd=whole, env=environment(), check=True)
+    rows, _, differ, n_files = stops.run(whole, ['stego'], ['stego'], seed=0)
+    assert differ == [] and n_files >= 10
+    assert [r['left'] for r in rows] == [[]] * len(stops.BLOWS) and all(r['at'] for r in rows)

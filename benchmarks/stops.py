@@ -1,0 +1,213 @@
+"""Every stage stopped at random moments through `dvc repro`: what goes on from there ends in the same bytes.
+
+    python benchmarks/stops.py [--seed 0] [--stages train ...] [--out benchmarks/results/stops.md]
+
+The pipeline in small (tests/small.yaml) runs once from beginning to end, and once so that each stage is hit by each of
+`BLOWS`, at a moment that is drawn, and started again by `dvc repro`. A moment is a fraction of the CPU time that the
+stage took in the first run; all but the first lie after the imports. After a blow nothing of it may be left running.
+At the end all files under out/ are compared, but for the executed notebooks, which hold times.
+"""
+
+import argparse
+import hashlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import yaml
+from machine import heading, publish
+
+from u2seg.images import read_json
+from u2seg.recipes import overlay
+from u2seg.scenes import draw_dataset
+from u2seg.stage import stages
+
+ROOT = Path(__file__).resolve().parents[1]
+PRETRAINING = dict(n_images=24, n_procs=1, n_threads=1)
+PRETRAINING |= dict(n_composed=dict(backbone=4, embedder=4), n_plain=dict(backbone=8, embedder=8))
+HELPERS = {stage: dict(n_procs=2) for stage in ('maskcut', 'stego', 'evaluate', 'fewshot')}
+HELPERS['cutler'] = dict(detect=dict(n_procs=2))
+BLOWS = {
+    'DVC gets SIGTERM': lambda dvc, tree: dvc.send_signal(signal.SIGTERM),
+    'all processes get SIGKILL': lambda dvc, tree: [send(p, signal.SIGKILL) for p in tree],
+    '`u2seg run` gets SIGKILL': lambda dvc, tree: send(find(tree, 'run'), signal.SIGKILL),
+}
+
+
+def change(path, updates):
+    path.write_text(yaml.safe_dump(overlay(yaml.safe_load(path.read_text()), updates), sort_keys=False))
+
+
+def prepare(folder, n_train=12, n_val=4):
+    "A folder in which the pipeline runs in small."
+    for name in ('nbs', 'configs', 'ablations'):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns('.ipynb_checkpoints'))
+    for name in ('params.yaml', 'dvc.yaml'):
+        shutil.copy(ROOT / name, folder)
+    small = yaml.safe_load((ROOT / 'tests' / 'small.yaml').read_text())
+    change(folder / 'params.yaml', overlay(small, HELPERS))
+    change(folder / 'configs' / 'pretrain.yaml', PRETRAINING)
+    draw_dataset(folder / 'small', seed=1, n_train=n_train, n_val=n_val, kinds=('objects', 'scenes'))
+    subprocess.run(['dvc', 'init', '-q', '--no-scm'], cwd=folder, env=environment(), check=True)
+
+
+def environment():
+    path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
+    own = dict(PATH=path, PYTHONPATH=str(ROOT), U2SEG_THREADS='1', DVC_NO_ANALYTICS='1', CUDA_VISIBLE_DEVICES='')
+    return os.environ | own
+
+
+def start(folder, *targets):
+    with open(folder / 'log', 'a') as log:
+        command = ['dvc', 'repro', '--no-run-cache', *targets]
+        return subprocess.Popen(command, cwd=folder, env=environment(), stdout=log, stderr=log)
+
+
+def send(process, number):
+    try:
+        process.send_signal(number)
+    except psutil.NoSuchProcess:
+        pass
+
+
+def words(process):
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def find(tree, word):
+    "The first process whose command has this word: 'run' is a stage's own."
+    return next(p for p in tree if word in words(p))
+
+
+def descendants(process):
+    try:
+        return [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def running(stage, tree):
+    "CPU seconds of the processes of `u2seg run STAGE`, and what they are; 0 before it begins."
+    for p in tree:
+        if words(p)[-2:] == ['run', stage]:
+            own = descendants(p)
+            return sum(map(cpu, own)), own
+    return 0.0, []
+
+
+def cpu(process):
+    try:
+        used = process.cpu_times()
+    except psutil.Error:
+        return 0.0
+    return used.user + used.system
+
+
+def follow(dvc, names, until=None):
+    "CPU seconds of each stage as `dvc repro` runs; it returns early, with the tree, where `until(stage, seconds)`."
+    used = dict.fromkeys(names, 0.0)
+    while dvc.poll() is None:
+        tree = descendants(dvc)
+        for stage in names:
+            seconds, own = running(stage, tree)
+            used[stage] = max(used[stage], seconds)
+            if own and until and until(stage, seconds):
+                return used, tree
+        time.sleep(0.05)
+    return used, []
+
+
+def gone(tree, seconds=120):
+    "Seconds until none of the processes is left, and those that are left."
+    begin = time.perf_counter()
+    _, alive = psutil.wait_procs(tree, timeout=seconds)
+    return time.perf_counter() - begin, [' '.join(words(p))[:100] for p in alive]
+
+
+def digests(folder):
+    files = [p for p in sorted((folder / 'out').rglob('*')) if p.is_file() and p.name != 'run.ipynb']
+    kept = [p for p in files if p.relative_to(folder).parts[1] not in ('.work', '.times')]
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in kept}
+
+
+def strike(folder, stage, names, blow, fraction, seconds):
+    "Hit a stage after a fraction of its CPU `seconds`; anew, and earlier, as long as it finishes before."
+    for _ in range(5):
+        dvc = start(folder, stage)
+        used, tree = follow(dvc, names, lambda name, so_far: name == stage and so_far >= fraction * seconds)
+        if tree:
+            BLOWS[blow](dvc, tree)
+            dvc.wait()
+            ended, left = gone(tree)
+            return dict(stage=stage, blow=blow, at=used[stage], ended=ended, left=left)
+        if dvc.returncode:
+            raise SystemExit((folder / 'log').read_text()[-3000:])
+        seconds = 0.9 * min(seconds, used[stage])
+        for done in (folder / 'out' / stage, folder / 'out' / '.work' / stage):
+            shutil.rmtree(done, ignore_errors=True)
+    return dict(stage=stage, blow=blow, at=None, ended=0.0, left=[])
+
+
+def table(rows, used):
+    lines = ['| stage | CPU s | what happens | at CPU s | ended after, s | left running |', '|:--|--:|:--|--:|--:|:--|']
+    for r in rows:
+        at = 'finished before' if r['at'] is None else f'{r["at"]:.1f}'
+        left = '; '.join(r['left']) or 'nothing'
+        lines.append(f'| {r["stage"]} | {used[r["stage"]]:.0f} | {r["blow"]} | {at} | {r["ended"]:.1f} | {left} |')
+    return lines
+
+
+def run(whole, names, chosen, seed):
+    "Rows of the table, CPU seconds of each stage undisturbed, files that differ, their number."
+    stopped = whole.with_name('stopped')
+    shutil.copytree(whole, stopped)
+    dvc = start(whole)
+    used, _ = follow(dvc, names)
+    if dvc.returncode:
+        raise SystemExit((whole / 'log').read_text()[-3000:])
+    rng, rows = random.Random(seed), []
+    for stage in chosen:
+        times = read_json(whole / 'out' / '.times' / f'{stage}.json')
+        begins = 1 - times['work'] / times['total']
+        for k, blow in enumerate(BLOWS):
+            fraction = rng.uniform(begins if k else 0, 1)
+            rows.append(strike(stopped, stage, names, blow, fraction, used[stage]))
+            print(*table(rows[-1:], used)[2:], flush=True)
+    if start(stopped).wait():
+        raise SystemExit((stopped / 'log').read_text()[-3000:])
+    want, got = digests(whole), digests(stopped)
+    return rows, used, sorted(n for n in want.keys() | got.keys() if want.get(n) != got.get(n)), len(want)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--stages', nargs='+', help='those that are hit; by default all')
+    parser.add_argument('--folder', type=Path, help='a new one to work in; by default one that is deleted afterwards')
+    parser.add_argument('--out')
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        whole, names = Path(args.folder or temporary, 'whole'), stages(ROOT)
+        prepare(whole)
+        chosen = args.stages or names
+        rows, used, differ, n_files = run(whole, names, chosen, args.seed)
+    hit = [r for r in rows if r['at'] is not None]
+    lines = heading('Stages that are stopped', 1, ('torch', 'dvc'), 'Each stage of the pipeline in small.')
+    same = f'**DIFFER: {", ".join(differ)}**' if differ else '**byte-identical**'
+    lines += [f'{len(hit)} blows in {len({r["stage"] for r in hit})} stages; {n_files} files under out/: {same}.', '']
+    publish(lines + table(rows, used), args.out)
+    return bool(differ or any(r['left'] for r in rows))
+
+
+if __name__ == '__main__':
+    sys.exit(main())
