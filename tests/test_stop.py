@@ -102,7 +102,8 @@ def test_a_stage_that_is_stopped_goes_on(repository, whole, how):
     log, checkpoint = folder / 'log', folder / 'out' / '.work' / 'cutler' / 'round0' / 'checkpoint.pt'
     if how == 'dvc':
         subprocess.run(['dvc', 'init', '-q', '--no-scm'], cwd=folder, env=environment(), check=True)
-    process = start(folder, *(['dvc', 'repro'] if how == 'dvc' else ['u2seg', 'run', 'cutler']))
+    shell = dict(SHELL=shutil.which('dash') or '/bin/sh')  # DVC's; dash stays between DVC and its stage
+    process = start(folder, *(['dvc', 'repro'] if how == 'dvc' else ['u2seg', 'run', 'cutler']), **shell)
     wait_for(lambda: f' 5/{N_ITERS}' in log.read_text(), process)
     if how == 'kernel':
         os.kill(kernel_of(process), signal.SIGKILL)

@@ -244,10 +244,18 @@ def passed_on():
     try: yield got
     finally:
         for s, handler in old.items(): signal.signal(s, handler)
+
 def end_with_dvc():
     "Get SIGTERM when DVC ends, if this process is a stage of it."
-    if 'DVC_STAGE' in os.environ and sys.platform == 'linux':
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)              # PR_SET_PDEATHSIG
+    if 'DVC_STAGE' not in os.environ or sys.platform != 'linux': return
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)                  # PR_SET_PDEATHSIG
+    parent = psutil.Process().parent()
+    if 'u2seg run' in (parent.cmdline() or [''])[-1]:           # a shell stays between them
+        threading.Thread(target=_end_with, args=[parent.parent()], daemon=True).start()
+
+def _end_with(process):
+    process.wait()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 # %% ../nbs/05_shards.ipynb #share
 ALONE = 'features', 'report'               # stages that have nothing to share
