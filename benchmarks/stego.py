@@ -335,6 +335,7 @@ def main():
             + (f' --axes {args.axes}' if args.axes else '')
             + f' --crf-every {args.crf_every}'
         )
+        mirrored = ' with mirror image' if p['segment']['flip'] else ''
         text = f'''# STEGO
 
 `python benchmarks/stego.py --labelled DIR{options}`, one thread.
@@ -354,7 +355,7 @@ Times are seconds of CPU (one core).
 |---|---|
 | features of {len(features)} training and {len(truth.maps)} labelled images, once | {t_feat:.0f} s |
 | training, {p['n_iters']} steps of {p['batch_size']} | {t_fit:.0f} s |
-| a map at {p['segment']['size']} px{' with mirror image' if p['segment']['flip'] else ''}, without CRF | {costs[0]:.0f} ms |
+| a map at {p['segment']['size']} px{mirrored}, without CRF | {costs[0]:.0f} ms |
 | the same with CRF | {costs[1]:.0f} ms; 2,000 maps by 4 processes: {costs[1] / 2:.0f} s |
 | 7 neighbours among 20,000 vectors of 384, exact | {t_knn:.1f} s, {mb:.0f} MB beside the vectors |
 

@@ -1,4 +1,4 @@
-"""SmooSeg and CAUSE: interrupted training, seeds, losses and bank against loops and dictionaries, and the stage."""
+"""Interrupted training of all; SmooSeg and CAUSE: seeds, losses and bank against loops, and the stage."""
 
 import csv
 from pathlib import Path
@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from test_stego import FIT as STEGO
 
-from u2seg import cause, smooseg
+from u2seg import cause, smooseg, stego
 from u2seg.cause import cause_loss, modularity, pick_patches, update_bank
 from u2seg.features import ViTFeatures, write_backbone
 from u2seg.labeller import load_labeller
@@ -33,6 +34,10 @@ FITS = dict(
 )
 
 
+def fit_stego(feats, **options):
+    return stego.fit_stego(feats, torch.randint(1, 10, (10, 3), generator=G(8)), **options)
+
+
 @pytest.fixture(params=FITS)
 def fitting(request):
     return FITS[request.param]
@@ -47,8 +52,8 @@ def same(a, b):
     return all(torch.equal(v, w) for v, w in zip(a.state_dict().values(), b.state_dict().values()))
 
 
-def test_training_resumes_as_if_it_had_not_stopped(fitting, feats, tmp_path, monkeypatch):
-    module, fit, options = fitting
+@pytest.mark.parametrize('module, fit, options', [*FITS.values(), (stego, fit_stego, STEGO)], ids=[*FITS, 'stego'])
+def test_training_resumes_as_if_it_had_not_stopped(module, fit, options, feats, tmp_path, monkeypatch):
     whole = fit(feats, folder=tmp_path / 'a', checkpoint_every=100, **options)
     step = module._train_step
 

@@ -1,6 +1,6 @@
 """STEGO against loops that write out its formulas, and its training and files against interruptions and foul input."""
 
-import csv, os, sys, types
+import os, sys, types
 from pathlib import Path
 
 import numpy as np
@@ -261,37 +261,6 @@ def test_kmeans_reaches_a_fixed_point():
 @pytest.fixture
 def features():
     return torch.randn(10, 5, 4, 4, generator=G(7)), torch.randint(1, 10, (10, 3), generator=G(8))
-
-
-def test_training_resumes_as_if_it_had_not_stopped(features, tmp_path, monkeypatch):
-    feats, neighbors = features
-    whole = fit_stego(feats, neighbors, folder=tmp_path / 'a', checkpoint_every=100, **FIT)
-    step = stego._train_step
-
-    def killed(t, *args):
-        if t == 7:
-            raise KeyboardInterrupt
-        return step(t, *args)
-
-    monkeypatch.setattr(stego, '_train_step', killed)
-    with pytest.raises(KeyboardInterrupt):
-        fit_stego(feats, neighbors, folder=tmp_path / 'b', checkpoint_every=3, **FIT)
-    seen = []
-    monkeypatch.setattr(stego, '_train_step', lambda t, *args: (seen.append(t), step(t, *args))[1])
-    resumed = fit_stego(feats, neighbors, folder=tmp_path / 'b', checkpoint_every=3, **FIT)
-    assert seen == list(range(6, 12))
-    for (k, v), w in zip(whole.state_dict().items(), resumed.state_dict().values()):
-        assert torch.equal(v, w), k
-    assert (tmp_path / 'a' / 'log.csv').read_bytes() == (tmp_path / 'b' / 'log.csv').read_bytes()
-    rows = list(csv.DictReader(open(tmp_path / 'a' / 'log.csv')))
-    assert [int(r['step']) for r in rows] == list(range(12)) and set(rows[0]) == {
-        'step',
-        'loss',
-        'self',
-        'knn',
-        'rand',
-        'probe',
-    }
 
 
 def test_other_settings_start_anew_and_seeds_matter(features, tmp_path):
