@@ -346,6 +346,20 @@ def test_region_align_equals_torchvision_forward_and_backward(ratio, threads):
         assert torch.allclose(x, y, atol=1e-4)
 
 
+@pytest.mark.parametrize('ratio', [0, 2])
+def test_boxes_that_are_not_finite_read_nan_and_write_nowhere(ratio):
+    torch.manual_seed(0)
+    features = [torch.randn(1, 8, s, s, requires_grad=True) for s in (24, 12, 6)]
+    good = torch.tensor([[3.0, 3.0, 30.0, 40.0], [-1e3, 0.0, 1e3, 9.0]])
+    nan, inf = torch.nan, torch.inf
+    bad = torch.tensor([[nan] * 4, [0, 0, nan, 9], [0, 0, inf, 9], [-inf, -inf, inf, inf], [inf] * 4])
+    pooler = Pooler([2, 3, 4], size=5, sampling_ratio=ratio, canonical_size=20, canonical_level=3)
+    want, got = (pooler(features, b, torch.zeros(len(b), dtype=torch.long)) for b in (good, torch.cat([bad, good])))
+    assert got[:5].isnan().all() and torch.equal(got[5:], want)
+    a, b = (torch.autograd.grad(x.nan_to_num().sum(), features) for x in (want, got))
+    assert all(torch.equal(x, y) for x, y in zip(a, b))
+
+
 @pytest.mark.parametrize(
     'device', ['cpu', pytest.param('cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU'))]
 )

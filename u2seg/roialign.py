@@ -24,7 +24,7 @@ def region_levels(boxes:Tensor, # [r, 4] xyxy
                   )->Tensor: # int64 [r], index into levels
     "Large regions are read from coarse levels (FPN, equation 1)."
     size = box_area(boxes).sqrt() / canonical_size
-    level = torch.floor(canonical_level + torch.log2(size + 1e-8))
+    level = torch.floor(canonical_level + torch.log2(size + 1e-8)).nan_to_num(levels[0])
     return level.clamp(levels[0], levels[-1]).long() - levels[0]
 
 # %% ../nbs/33_roialign.ipynb #members
@@ -46,7 +46,7 @@ def _taps(low, high, bins, size, ratio, dtype): # -> int64 [bins, 2n], dtype [bi
     for i in range(bins):
         for k in range(n):
             at = low + i*step + (k + .5)*step / n
-            if at < -1 or at > size: continue
+            if not -1 <= at <= size: continue                          # nan has no cell
             at = min(max(at, 0.), size - 1.)
             left = int(at)
             for c, w in ((left, (left + 1 - at) / n), (min(left + 1, size - 1), (at - left) / n)):
@@ -119,10 +119,12 @@ class _RegionAlign(torch.autograd.Function):
         for l, (x, scale) in enumerate(zip(features, scales)):
             rows = (level == l).nonzero()[:, 0]
             cells = boxes[rows].to(dtype)*scale - .5               # cell 0 has its centre at half a stride
+            cells = cells.nan_to_num(0, 0, 0)                      # a loop would make an address of them
             ctx.parts.append((cells.numpy(), image[rows].numpy(), rows.numpy()))
             x = x.detach().to(dtype).permute(0, 2, 3, 1).contiguous()
             ctx.shapes.append(x.shape)
             _spread(_pool, len(rows), x.numpy(), *ctx.parts[-1], ratio, out.numpy())
+        out[~torch.isfinite(boxes).all(1)] = torch.nan
         return out.permute(0, 3, 1, 2).to(features[0].dtype)
 
     @staticmethod
