@@ -443,6 +443,7 @@ def plain_losses(m, images, targets):
                 m.config['droploss']
                 and len(t['boxes'])
                 and max(plain_iou(moved[i].tolist(), g) for g in t['boxes'].tolist()) <= m.config['droploss']
+                and 1 - s[i].softmax(0)[-1] >= m.config.get('droploss_score', 0.0)
             )
             cls = cls + (0 if far else 1) * (s[i].logsumexp(0) - s[i, c])
             if c < K:
@@ -490,11 +491,12 @@ def label_one(box, t, iou, K):
     return (t['labels'][j].item() if values and values[j] >= iou else K), j
 
 
-@pytest.mark.parametrize('droploss', [0.0, 0.4])
-def test_losses_and_gradients_against_loops(monkeypatch, droploss):
+@pytest.mark.parametrize('droploss, extra', [(0.0, {}), (0.4, {}), (0.4, dict(droploss_score=0.75))])
+def test_losses_and_gradients_against_loops(monkeypatch, droploss, extra):
     for module in rpn, cascade:
         monkeypatch.setattr(module, 'random_keys', lambda n, seed, device: torch.arange(n).float())
-    m = model(norm='GN', fpn_norm='GN', droploss=droploss, cascade_ious=[0.4, 0.45, 0.5], roi_positive=0.5).train()
+    config = dict(norm='GN', fpn_norm='GN', droploss=droploss, cascade_ious=[0.4, 0.45, 0.5], roi_positive=0.5)
+    m = model(**config, **extra).train()
     for k, v in m.state_dict().items():
         if 'cls_score.weight' in k or 'objectness' in k:
             v.normal_(std=0.2)

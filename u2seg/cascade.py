@@ -108,13 +108,15 @@ def sample_regions(proposals:list[Tensor], # [p, 4] xyxy of each image
 
 # %% ../nbs/34_cascade.ipynb #droploss_weights
 def droploss_weights(moved:Tensor, image:Tensor, # [r, 4] predicted boxes without gradient, int64 [r]
-                     gt:dict,      # see `all_labels`
-                     droploss:float # least IoU; 0 = off
+                     gt:dict,        # see `all_labels`
+                     droploss:float, # least IoU; 0 = off
+                     score:float=0., logits:Tensor|None=None # least probability of an object; [r, K + 1], background last
                      )->Tensor|float: # float [r]
     "0 for a region whose predicted box overlaps no label by more than `droploss` (CutLER, section 3.3)."
     if not droploss: return 1.
     best, _ = match_regions(moved, image, gt['boxes'], gt['image'])
-    return ((best > droploss) | ~torch.isin(image, gt['image'])).float()
+    sure = 1 - logits.detach().softmax(1)[:, -1] >= score if score else True
+    return ((best > droploss) | ~(torch.isin(image, gt['image']) & sure)).float()
 
 # %% ../nbs/34_cascade.ipynb #process_weight
 def process_weight(n:int|Tensor, device:torch.device)->Tensor|float: # scalar; 1 if there is one process
@@ -195,11 +197,11 @@ class RoIHeads(nn.Module):
                  sampling:dict,  # see `sample_regions`
                  pooling:dict,   # see `Pooler`
                  decoding:dict,  # see `choose`
-                 droploss:float, # see `droploss_weights`
+                 droploss:float, droploss_score:float=0., # see `droploss_weights`
                  box_pool:int, fc_dim:int, mask_pool:int, mask_dim:int, n_mask_convs:int):
         super().__init__()
         self.n_things, self.ious, self.weights = n_things, ious, weights
-        self.sampling, self.decoding, self.droploss = sampling, decoding, droploss
+        self.sampling, self.decoding, self.droploss = sampling, decoding, (droploss, droploss_score)
         self.box_pooler = Pooler(levels, size=box_pool, **pooling)
         self.mask_pooler = Pooler(levels, size=mask_pool, **pooling)
         self.box_head = nn.ModuleList(BoxHead(channels*box_pool**2, fc_dim) for _ in ious)
@@ -231,7 +233,7 @@ def cascade_losses(heads:RoIHeads,
     for k, weights in enumerate(heads.weights):
         logits, deltas = heads.stage(k, features, boxes, image)
         moved = decode_boxes(boxes, deltas, weights).detach()
-        keep = droploss_weights(moved, image, gt, heads.droploss)
+        keep = droploss_weights(moved, image, gt, *heads.droploss, logits)
         goals = gt['boxes'][index] if len(gt['boxes']) else boxes
         losses = box_losses(logits, deltas, boxes, labels, goals, weights=weights, keep=keep)
         out[f'loss_cls_stage{k}'], out[f'loss_box_reg_stage{k}'] = losses

@@ -182,7 +182,7 @@ class U2SegSemSegHead(semantic_seg.SemSegFPNHead):
 # %% ../nbs/38_detectron.ipynb #DropLossPredictor
 class DropLossPredictor(fast_rcnn.FastRCNNOutputLayers):
     "Classes and boxes of one cascade stage; `targets` are the image's labels, set by `U2SegHeads`."
-    threshold, targets = 0., ()
+    threshold, score, targets = 0., 0., ()
 
     def losses(self, predictions, proposals):
         losses = super().losses(predictions, proposals)
@@ -191,7 +191,7 @@ class DropLossPredictor(fast_rcnn.FastRCNNOutputLayers):
         numbers = lambda many: torch.cat([torch.full((len(x),), i, device=logits.device) for i, x in enumerate(many)])
         gt = dict(boxes=torch.cat([t.gt_boxes.tensor for t in self.targets]), image=numbers(self.targets))
         boxes = torch.cat(list(self.predict_boxes(predictions, proposals))).detach()
-        weights = droploss_weights(boxes, numbers(proposals), gt, self.threshold)
+        weights = droploss_weights(boxes, numbers(proposals), gt, self.threshold, self.score, logits)
         each = F.cross_entropy(logits, torch.cat([p.gt_classes for p in proposals]), reduction='none')
         return losses | dict(loss_cls=(each*weights).sum()/max(len(each), 1))
 
@@ -209,7 +209,9 @@ class U2SegHeads(cascade_rcnn.CascadeROIHeads):
         pairs = zip(ret['box_heads'], ret['box_predictors'])
         ret['box_predictors'] = [DropLossPredictor(cfg, head.output_shape, box2box_transform=p.box2box_transform)
                                  for head, p in pairs]
-        for p in ret['box_predictors']: p.threshold, p.decode = c.droploss, c.decode
+        for p in ret['box_predictors']:
+            p.threshold, p.score = c.droploss, c.get('droploss_score', 0.)
+            p.decode = c.decode
         return ret
 
     def forward(self, images, features, proposals, targets=None):
