@@ -28,6 +28,7 @@ from u2seg.labeller import (
     save_labeller,
     training_view,
 )
+from u2seg.position import remove_position
 from u2seg.scenes import draw_dataset
 from u2seg.semantic import collect_files, pixel_probs, read_semantic, segment, segmenter, write_semantic
 from u2seg.stage import load_params, run_stage
@@ -633,6 +634,13 @@ def test_segmenter_rebuilds_the_stage_from_its_file(tmp_path):
         )
         want = segment(lab, extractor(vit, feature), [image], **ARGS)[0]
         assert (segmenter(tmp_path / 'head.safetensors', vit)([image])[0] == want).all()
+    weights = torch.randn(5, 12, generator=G(7))  # what place says about the features, removed in training
+    corrected = lambda x: remove_position(extractor(vit, 'block0')(x), weights)
+    settings = dict(feature='block0', position=weights.tolist(), size=32, alpha=2.0, flip=True, crf=None)
+    save_labeller(tmp_path / 'head.safetensors', lab, settings)
+    got, unlike = segmenter(tmp_path / 'head.safetensors', vit)([image])[0], want
+    want = segment(lab, corrected, [image], **ARGS)[0]
+    assert (got == want).all() and (got != unlike).any()
     seen = []
     vit.vit.blocks[0].register_forward_hook(lambda m, i, o: seen.append(o))
     got = extractor(vit, 'block0')(torch.zeros(1, 3, 32, 40))

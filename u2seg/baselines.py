@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 
+from .borders import without_background
 from .checkpoints import load_weights
 from .cluster import Clusters, label_file
 from .device import own_device
@@ -129,7 +130,7 @@ def combine_baselines(masks:list[dict],      # of MaskCut, category_id = cluster
 def baselines(root:str|Path, images:list[dict], # {id, file_name}, file names relative to `root`
               *, vit:torch.nn.Module,           # `ViTFeatures` that finds masks
               embedder:torch.nn.Module,         # `ViTFeatures` that the clusters were made with
-              maskcut:dict,                     # options of `label_images`
+              maskcut:dict,                     # options of `label_images`, and `max_border` of `without_background`
               clusters:Clusters,
               detector:torch.nn.Module,         # class-agnostic (`n_things = 1`, `n_stuff = 0`)
               stuff:Callable,                   # `semantic.segmenter`: list of uint8 [H, W, 3] -> list of uint8 [H, W]
@@ -138,7 +139,9 @@ def baselines(root:str|Path, images:list[dict], # {id, file_name}, file names re
               )->dict[str, dict[int, ImagePrediction]]: # method -> image id -> prediction
     "Predict with everything that U2Seg is made of."
     folder = Path(folder)
-    masks, _ = label_images(images, vit, root=root, folder=folder/'maskcut', batch_size=batch_size, desc='', **maskcut)
+    options = {k: v for k, v in maskcut.items() if k != 'max_border'}
+    masks, _ = label_images(images, vit, root=root, folder=folder/'maskcut', batch_size=batch_size, desc='', **options)
+    masks = without_background(masks, max_border=maskcut.get('max_border', 1))
     detected = model_predictions(detector, root, images, batch_size=batch_size)
     detections = [d for p in detected.values() for d in p.instances]
     detections = [dict(d, id=i, area=int(coco_mask.area(d['segmentation']))) for i, d in enumerate(detections, 1)]

@@ -108,9 +108,8 @@ def sample_regions(proposals:list[Tensor], # [p, 4] xyxy of each image
 
 # %% ../nbs/34_cascade.ipynb #droploss_weights
 def droploss_weights(moved:Tensor, image:Tensor, # [r, 4] predicted boxes without gradient, int64 [r]
-                     gt:dict,        # see `all_labels`
-                     droploss:float, # least IoU; 0 = off
-                     score:float=0., logits:Tensor|None=None # least probability of an object; [r, K + 1], background last
+                     gt:dict, droploss:float, # see `all_labels`; least IoU, 0 = off
+                     score:float=0., logits:Tensor|None=None # least probability of an object; [r, K + 1]
                      )->Tensor|float: # float [r]
     "0 for a region whose predicted box overlaps no label by more than `droploss` (CutLER, section 3.3)."
     if not droploss: return 1.

@@ -26,6 +26,7 @@ from .crf import dense_crf
 from .features import one_by_one
 from .images import normalize, part_of, read_image, resize_image, to_tensor, write_png
 from .labeller import Labeller, extractor, load_labeller
+from .position import without_position
 from .shards import in_processes, sharded
 
 # %% ../nbs/56_semantic.ipynb #pixel_probs
@@ -135,4 +136,6 @@ def segmenter(path:str|Path, # written by `save_labeller`, settings with `featur
     "The stage's way from images to stuff maps, rebuilt from its file."
     labeller, settings = load_labeller(path, next(vit.parameters()).device)
     options = {k: settings[k] for k in ('size', 'alpha', 'flip', 'crf')}
-    return partial(segment, labeller, extractor(vit, settings['feature']), patch_size=vit.patch_size, **options)
+    extract = extractor(vit, settings['feature'])
+    if 'position' in settings: extract = without_position(extract, torch.tensor(settings['position']))
+    return partial(segment, labeller, extract, patch_size=vit.patch_size, **options)
