@@ -216,6 +216,13 @@ def test_a_file_edited_by_hand_is_taken_over(tmp_path):
     assert resume(tmp_path, gallery).names.names == {'1': 'duck'}
 
 
+def test_names_without_their_log_follow_a_new_training_of_the_same_clusters(tmp_path):
+    gallery = make_gallery(tmp_path, clusters='same')
+    write_names(tmp_path / 'names.yaml', Names(4, 2, {'1': 'duck'}, clusters='same', model='old'))
+    resume(tmp_path, replace(gallery, names=replace(gallery.names, model='new'))).close()
+    assert read_names(tmp_path / 'names.yaml', 'new').names == {'1': 'duck'}
+
+
 def test_names_of_other_clusters_without_their_log_are_refused(tmp_path):
     gallery = make_gallery(tmp_path, clusters='new')
     write_names(tmp_path / 'names.yaml', Names(4, 2, {'1': 'duck'}, clusters='old'))

@@ -108,6 +108,13 @@ def test_the_command(repo):
         and 'Expect (the paper): PQ 16.1' in said
         and 'Cost, about 335 GPU-hours' in said
     )
+    (repo / 'trip').mkdir()
+    for i in range(60):
+        (repo / 'trip' / f'{i}.jpg').touch()
+    said = run('use', 'photos', '--images', 'trip').stdout
+    assert said.startswith(
+        '60 images in trip: 10 clusters; 1,150 iterations of cutler, as many of train.\nAbout 0.5 hours'
+    )
     assert run('use', 'coco').returncode == 0 and 'Written by `u2seg use coco`' in (repo / 'params.yaml').read_text()
     wrong = run('use', 'cocoo')
     assert wrong.returncode == 1 and wrong.stderr.startswith("u2seg: no recipe 'cocoo'")

@@ -328,3 +328,44 @@ def test_each_pin_runs_on_every_python_that_its_marker_admits():
             if (pin.marker is None or pin.marker.evaluate(here)) and v not in needs:
                 wrong.append((line, v, str(needs)))
     assert wrong == [] and seen > 100, (wrong[:5], seen)
+
+
+def test_with_pytorch_s_cpu_index_the_pins_choose_its_builds(tmp_path):
+    "README's line for CPUs: of two builds of the pinned version pip takes the one that says +cpu."
+    import zipfile
+
+    readme = (root / 'README.md').read_text()
+    assert '`--extra-index-url https://download.pytorch.org/whl/cpu`' in readme.replace('\n', ' ')
+    constraints = (root / 'constraints.txt').read_text()
+    for name in ('torch', 'torchvision'):
+        pinned = re.search(f'(?m)^{name}==(.+)$', constraints)[1]
+        for index, version in (('pypi', pinned), ('cpu', f'{pinned}+cpu')):
+            info = f'{name}-{version}.dist-info'
+            (tmp_path / index).mkdir(exist_ok=True)
+            with zipfile.ZipFile(tmp_path / index / f'{name}-{version}-py3-none-any.whl', 'w') as wheel:
+                wheel.writestr(f'{info}/METADATA', f'Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n')
+                wheel.writestr(f'{info}/WHEEL', 'Wheel-Version: 1.0\nTag: py3-none-any\n')
+                wheel.writestr(f'{info}/RECORD', '')
+    places = [f'--find-links={tmp_path / index}' for index in ('pypi', 'cpu')]
+    command = [sys.executable, '-m', 'pip', 'download', '-q', '--isolated', '--no-index', '--no-deps', *places]
+    names = ['torch', 'torchvision']
+    subprocess.run([*command, '-c', root / 'constraints.txt', '-d', tmp_path / 'got', *names], check=True)
+    assert [p.name.split('-')[1].endswith('+cpu') for p in (tmp_path / 'got').iterdir()] == [True, True]
+
+
+def test_torch_and_torchvision_of_different_builds_end_in_a_sentence(tmp_path):
+    "As beside a torch for CPUs the torchvision of PyPI, which is linked to CUDA's libraries."
+    (tmp_path / 'torchvision').mkdir()
+    fault = "raise RuntimeError('operator torchvision::nms does not exist')\n"
+    (tmp_path / 'torchvision' / '__init__.py').write_text(fault)
+    (tmp_path / 'photo.png').touch()
+    run = subprocess.run(
+        [sys.executable, '-m', 'u2seg.cli', 'predict', 'photo.png'],
+        cwd=tmp_path,
+        env=os.environ | dict(PYTHONPATH=os.pathsep.join([str(tmp_path), str(root)])),
+        text=True,
+        capture_output=True,
+    )
+    assert run.returncode == 1 and run.stderr.count('\n') == 1, run.stderr
+    assert run.stderr.startswith('u2seg: torch and torchvision are of different builds')
+    assert '--extra-index-url' in run.stderr

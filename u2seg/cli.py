@@ -43,6 +43,7 @@ def use(recipe:str|None=None, images:str|None=None):
     from u2seg import recipes
     if recipe is None: print(recipes.listing()); return
     recipes.use(recipe, images=images)
+    if images is not None: print(recipes.for_images(images)[1].replace('# ', ''))
     print(f'params.yaml is now the recipe {recipe}; u2seg check compares it with the stages')
 
 # %% ../nbs/95_cli.ipynb #publish
@@ -270,6 +271,11 @@ def main(argv:list[str]|None=None)->int: # exit status
         return 1
     except ModuleNotFoundError as e:      # without an extra of the package
         print(f"u2seg: {e}; pip install -e '.[pipeline]' in the repository brings it", file=sys.stderr)
+        return 1
+    except RuntimeError as e:             # at the import of torchvision
+        if 'operator torchvision::' not in str(e): raise
+        print('u2seg: torch and torchvision are of different builds, such as one for CPUs and one for CUDA; install '
+              'both anew in one call, with the same --extra-index-url', file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print('u2seg: stopped; the same call goes on from here', file=sys.stderr)

@@ -252,7 +252,8 @@ def resume(folder:str|Path, gallery:Gallery)->Journal:
         raise ValueError(f'{folder/NAMES}: is of other clusters, and {LOG}, which holds their instances, is not there')
     journal = Journal(folder)
     if not journal.start:
-        journal.begin(by_hand or fresh, gallery.some_of(by_hand or fresh))
+        names = _bound(by_hand, fresh) if by_hand else fresh    # names of these clusters, perhaps of another training
+        journal.begin(names, gallery.some_of(names))
         return journal
     if by_hand and _content(by_hand) != _content(journal.names):
         journal.do(dict(do='set', names=as_yaml(by_hand)))
