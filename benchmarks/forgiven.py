@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from machine import publish
 
 from u2seg.baselines import read_network
 from u2seg.boxes import decode_boxes, match_regions
@@ -110,7 +111,5 @@ if __name__ == '__main__':
     text = lambda cells: f'| {" | ".join(cells)} |'
     lines = [f'Embedded data, {args.images} training images a row, those without a label left out.', '']
     lines += [text(HEAD), text(['---'] * len(HEAD))]
-    for case in CASES:
-        lines.append(text(row(*case, args.images)))
-        print(lines[-1], flush=True)
-    args.out.write_text('\n'.join(lines) + '\n')
+    lines += [text(row(*case, args.images)) for case in CASES]
+    publish(lines, args.out)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from machine import publish
 
 from u2seg.borders import border_fraction, without_background
 from u2seg.features import ViTFeatures
@@ -102,5 +103,4 @@ if __name__ == '__main__':
     torch.set_num_threads(1)
     lines = [f'Embedded data, {args.images} images of each split, tau {TAU}, before the CRF.', '', *table(args.images)]
     lines += ['', 'The masks of the published run, all 1000 images.', '', *published()]
-    print('\n'.join(lines))
-    args.out.write_text('\n'.join(lines) + '\n')
+    publish(lines, args.out)

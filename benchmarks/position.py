@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from machine import publish
 from scipy.optimize import linear_sum_assignment
 
 from u2seg.features import ViTFeatures
@@ -113,7 +114,6 @@ def main(n):
             lines.append(
                 f'| {name}, {size} px | {split} | {share:.2%} | {free:.2%} | {measure} | {" | ".join(values)} |'
             )
-            print(lines[-1], flush=True)
     return lines
 
 
@@ -123,4 +123,4 @@ if __name__ == '__main__':
     parser.add_argument('--out', type=Path, default=ROOT / 'benchmarks/results/position.md')
     args = parser.parse_args()
     torch.set_num_threads(1)
-    args.out.write_text('\n'.join(main(args.images)) + '\n')
+    publish(main(args.images), args.out)
