@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -121,6 +122,35 @@ def test_a_stage_that_is_stopped_goes_on(repository, whole, how):
     assert start(folder, 'u2seg', 'run', 'cutler').wait(300) == 0, log.read_text()[-3000:]
     assert (folder / 'out' / 'cutler' / 'model.safetensors').read_bytes() == whole
     assert json.loads((folder / 'out' / 'cutler' / 'metrics.json').read_text())['iterations'] == N_ITERS
+
+
+SLEEP = """
+import os
+import time
+from pathlib import Path
+Path(root, os.environ['RANK']).touch()
+time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='processes of DVC are found in /proc')
+def test_a_stage_in_several_processes_ends_with_dvc(tmp_path):
+    (tmp_path / 'nbs').mkdir()
+    cell = nbformat.v4.new_code_cell
+    cells = [cell("root = '..'", metadata=dict(tags=['parameters'])), cell(SLEEP)]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / 'nbs' / '10_run_sleep.ipynb')
+    (tmp_path / 'params.yaml').write_text('sleep: {}')
+    (tmp_path / 'dvc.yaml').write_text(yaml.safe_dump(dict(stages=dict(sleep=dict(cmd='u2seg run sleep')))))
+    subprocess.run(['dvc', 'init', '-q', '--no-scm'], cwd=tmp_path, env=environment(), check=True)
+    process = start(tmp_path, 'dvc', 'repro', U2SEG_PROCS=2, SHELL=shutil.which('dash') or '/bin/sh')
+    wait_for(lambda: all((tmp_path / rank).exists() for rank in '01'), process, 600)
+    tree = stops.descendants(process)
+    process.send_signal(signal.SIGTERM)
+    process.wait(60)
+    _, left = stops.gone(tree, 60)
+    for p in tree:
+        stops.send(p, signal.SIGKILL)
+    assert len(tree) > 5 and left == []
 
 
 STEGO = dict(

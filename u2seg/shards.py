@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -249,12 +249,12 @@ def end_with_dvc():
     "Get SIGTERM when DVC ends, if this process is a stage of it."
     if 'DVC_STAGE' not in os.environ or sys.platform != 'linux': return
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)                  # PR_SET_PDEATHSIG
-    parent = psutil.Process().parent()
-    if 'u2seg run' in (parent.cmdline() or [''])[-1]:           # a shell stays between them
-        threading.Thread(target=_end_with, args=[parent.parent()], daemon=True).start()
+    shell = psutil.Process().parent()                           # one that stays between them, or DVC itself
+    if 'u2seg run' in (shell.cmdline() or [''])[-1]: os.environ['U2SEG_DVC'] = str(shell.ppid())
+    if pid := os.environ.get('U2SEG_DVC'): threading.Thread(target=_end_with, args=[int(pid)], daemon=True).start()
 
-def _end_with(process):
-    process.wait()
+def _end_with(pid):
+    with suppress(psutil.NoSuchProcess): psutil.Process(pid).wait()
     os.kill(os.getpid(), signal.SIGTERM)
 
 # %% ../nbs/05_shards.ipynb #share
