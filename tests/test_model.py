@@ -475,13 +475,14 @@ def plain_losses(m, images, targets):
         terms.append(torch.where(goal, F.softplus(-logit), F.softplus(logit)).mean())
     out['loss_mask'] = torch.stack(terms).mean()
     z = F.interpolate(m.sem_seg_head(features), scale_factor=4, mode='bilinear').log_softmax(1)
-    picked = [
-        -z[b, t['sem'][y, x2], y, x2]
-        for b, t in enumerate(targets)
-        for y, x2 in product(range(0, t['sem'].shape[0]), range(0, t['sem'].shape[1]))
-        if t['sem'][y, x2] != 255
-    ]
-    out['loss_sem_seg'] = 0.5 * torch.stack(picked).mean()
+    picked, weights = [], []
+    for b, t in enumerate(targets):
+        for y, x2 in product(range(0, t['sem'].shape[0]), range(0, t['sem'].shape[1])):
+            if t['sem'][y, x2] != 255:
+                picked.append(-z[b, t['sem'][y, x2], y, x2])
+                weights.append(t['certainty'][y, x2] if 'certainty' in t else torch.ones(()))
+    picked, weights = torch.stack(picked), torch.stack(weights)
+    out['loss_sem_seg'] = 0.5 * (weights * picked).sum() / weights.sum()
     return out
 
 
@@ -491,8 +492,10 @@ def label_one(box, t, iou, K):
     return (t['labels'][j].item() if values and values[j] >= iou else K), j
 
 
-@pytest.mark.parametrize('droploss, extra', [(0.0, {}), (0.4, {}), (0.4, dict(droploss_score=0.75))])
-def test_losses_and_gradients_against_loops(monkeypatch, droploss, extra):
+@pytest.mark.parametrize(
+    'droploss, extra, weighted', [(0.0, {}, True), (0.4, {}, False), (0.4, dict(droploss_score=0.75), False)]
+)
+def test_losses_and_gradients_against_loops(monkeypatch, droploss, extra, weighted):
     for module in rpn, cascade:
         monkeypatch.setattr(module, 'random_keys', lambda n, seed, device: torch.arange(n).float())
     config = dict(norm='GN', fpn_norm='GN', droploss=droploss, cascade_ious=[0.4, 0.45, 0.5], roi_positive=0.5)
@@ -503,6 +506,8 @@ def test_losses_and_gradients_against_loops(monkeypatch, droploss, extra):
     batch = [scene(0, h=64, w=64), scene(1, 1, 64, 48)]
     batch[0][1]['sem'][:9] = 255
     images, targets = map(list, zip(*batch))
+    for t in targets if weighted else ():
+        t['certainty'] = 2 * torch.rand(t['sem'].shape)
     got, want = m(images, targets), plain_losses(m, images, targets)
     assert set(got) == set(want)
     params = dict(m.named_parameters())

@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import Dataset
 
 from .augment import Augment, copy_paste, masks_to_boxes, semantic_copy_paste, view
+from .certainty import pixel_weights
 from .coco import read_instances
 from .images import ImageError, read_image
 from .masks import by_image, decode_rle
@@ -40,11 +41,16 @@ class PseudoLabels(Dataset):
     def __init__(self, root:str|Path,     # folder that file names are relative to
                  instances:str|Path|dict, # COCO instances
                  stuff_dir:str|Path|None=None, # folder of `%012d.png` stuff maps; None: no `sem` in the targets
-                 *, skip_empty:bool=False): # leave out images without an instance
+                 *, skip_empty:bool=False, # leave out images without an instance
+                 certainty_dir:str|Path|None=None, # folder of certainty maps, named likewise
+                 power:float=1.): # of the certainty, in the weight of a pixel
         name = 'the instances' if isinstance(instances, dict) else instances
         coco = read_instances(instances, name=name)
         instances = {i: [a for a in group if not a['iscrowd']] for i, group in by_image(coco).items()}
         self.root, self.stuff_dir, self.cache = Path(root), stuff_dir and Path(stuff_dir), Cache()
+        self.certainty_dir, self.power = certainty_dir and Path(certainty_dir), power if certainty_dir else 0.
+        if certainty_dir and not self.certainty_dir.is_dir():
+            raise ValueError(f'{certainty_dir}: no folder of certainty maps')
         self.images = [im for im in coco['images'] if instances[im['id']] or not skip_empty]
         if not self.images: raise ValueError(f'{name}: no image to train on')
         for im in self.images:
@@ -63,19 +69,21 @@ class PseudoLabels(Dataset):
 # %% ../nbs/41_batches.ipynb #item
 def _item(data, i):
     name = data.images[i]['file_name']
-    image, sem = data.cache.get(i, lambda: _read_pixels(data, data.images[i]))
+    image, sem, certain = data.cache.get(i, lambda: _read_pixels(data, data.images[i]))
     size = tuple(image.shape[1:])
     masks = [decode_rle(r) for r in data.rles[i]]
-    if any(m.shape != size for m in masks) or sem is not None and sem.shape != size:
+    if any(m.shape != size for m in [*masks, *(m for m in (sem, certain) if m is not None)]):
         raise ValueError(f'{name} is {size[0]} x {size[1]}; its labels are not')
     masks = torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0, *size, dtype=torch.bool)
     target = dict(boxes=masks_to_boxes(masks), labels=data.labels[i], masks=masks)
-    return image, target if sem is None else {**target, 'sem': sem.long()}
+    if sem is None: return image, target
+    if certain is not None: target['certainty'] = pixel_weights(certain, sem, data.power)
+    return image, target | dict(sem=sem.long())
 
-def _read_pixels(data, im)->tuple[torch.Tensor, torch.Tensor|None]: # uint8 [3, H, W], uint8 [H, W]
+def _read_pixels(data, im)->tuple: # uint8 [3, H, W]; uint8 [H, W] or None: stuff, certainty
     image = torch.from_numpy(read_image(data.root/im['file_name']).transpose(2, 0, 1).copy())
-    if data.stuff_dir is None: return image, None
-    return image, torch.from_numpy(read_image(data.stuff_dir/f"{im['id']:012d}.png")[..., 0].copy())
+    grey = lambda folder: torch.from_numpy(read_image(folder/f"{im['id']:012d}.png")[..., 0].copy())
+    return image, *(folder and grey(folder) for folder in (data.stuff_dir, data.certainty_dir))
 
 # %% ../nbs/41_batches.ipynb #epoch_batches
 def epoch_batches(sizes:list,      # (height, width) of each image

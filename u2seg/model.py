@@ -18,6 +18,7 @@ from torch import nn, Tensor
 from .backbone import BLOCKS, Conv, FPN, ResNet
 from .checkpoints import load_weights, save_weights # the names that users look for here
 from .cascade import process_weight, RoIHeads
+from .certainty import weighted_cross_entropy
 from .pixels import results
 from .roialign import widened
 from .rpn import RPN
@@ -105,12 +106,13 @@ class SemSegHead(nn.Module):
 
     def forward(self, features): return self.predictor(sum(getattr(self, l)(f) for l, f in zip(self.levels, features)))
 
-    def loss(self, logits, sem): # [b, c, h, w], int64 [b, H, W]
+    def loss(self, logits, sem, certainty=None): # [b, c, h, w], int64 [b, H, W], weights float [b, H, W]
         s = self.loss_stride
         logits = F.interpolate(logits.float(), scale_factor=self.stride / s, mode='bilinear', align_corners=False)
         sem = sem[:, ::s, ::s]
         n = (sem != 255).sum()
-        loss = F.cross_entropy(logits, sem, ignore_index=255, reduction='sum') / n.clamp(min=1)
+        if certainty is None: loss = F.cross_entropy(logits, sem, ignore_index=255, reduction='sum') / n.clamp(min=1)
+        else: loss, n = weighted_cross_entropy(logits, sem, certainty[:, ::s, ::s])
         return dict(loss_sem_seg=self.weight*loss*process_weight(n, sem.device))
 
 # %% ../nbs/37_model.ipynb #companions
@@ -129,11 +131,14 @@ def companions(sizes:list[tuple[int, int]], # (height, width) of each image
     return list(groups.values())
 
 # %% ../nbs/37_model.ipynb #padded_sem
-def padded_sem(targets:list[dict], size:tuple[int, int])->Tensor: # int64 [b, *size], 255 = no label
-    "The stuff maps of a batch in one tensor."
-    out = targets[0]['sem'].new_full((len(targets), *size), 255)
-    for o, t in zip(out, targets): o[:t['sem'].shape[0], :t['sem'].shape[1]] = t['sem']
+def padded_sem(targets:list[dict], size:tuple[int, int], key:str='sem')->Tensor: # [b, *size]
+    "The maps of a batch in one tensor: `sem` int64, 255 = no label, or `certainty`, its weights."
+    maps = [t[key] for t in targets]
+    out = maps[0].new_full((len(maps), *size), dict(sem=255, certainty=0)[key])
+    for o, m in zip(out, maps): o[:m.shape[0], :m.shape[1]] = m
     return out
+
+def _stuff_maps(targets, size): return [padded_sem(targets, size, k) for k in ('sem', 'certainty') if k in targets[0]]
 
 def _empty_losses(model):
     zero = sum(p.sum()*0 for p in model.parameters() if p.requires_grad)
@@ -197,7 +202,7 @@ class PanopticRCNN(nn.Module):
         logits = self.sem_seg_head(features) if self.sem_seg_head else None
         found = self.roi_heads(widened(features), proposals, shapes, targets)
         if not self.training: return results(found, logits, shapes, sizes or shapes, self.config)
-        if self.sem_seg_head: found |= self.sem_seg_head.loss(logits, padded_sem(targets, x.shape[-2:]))
+        if self.sem_seg_head: found |= self.sem_seg_head.loss(logits, *_stuff_maps(targets, x.shape[-2:]))
         return losses | found
 
 # %% ../nbs/37_model.ipynb #batch

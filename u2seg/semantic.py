@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from .certainty import certainty_map
 from .crf import dense_crf
 from .features import one_by_one
 from .images import normalize, part_of, read_image, resize_image, to_tensor, write_png
@@ -54,7 +55,8 @@ def pixel_probs(labeller:Labeller, code:Tensor, size:tuple[int, int], *, alpha:f
 def segment(labeller:Labeller, extract:Callable, images:list[np.ndarray], # uint8 [H, W, 3] of any sizes
             *, size:int, patch_size:int, alpha:float, flip:bool,
             crf:dict|None, # arguments of `dense_crf`, None for no CRF
-            )->list[np.ndarray]: # uint8 [H, W] each, 0 ... k - 1
+            certainty:bool=False, # also how probable each pixel's cluster was before the CRF, 255 = certain
+            )->list[np.ndarray]: # uint8 [H, W] each, 0 ... k - 1; with `certainty` [2, H, W]
     "Stuff clusters of every pixel."
     codes = [None]*len(images)
     for shape in dict.fromkeys(im.shape for im in images):
@@ -64,8 +66,10 @@ def segment(labeller:Labeller, extract:Callable, images:list[np.ndarray], # uint
         for i, code in zip(group, group_codes): codes[i] = code
     def one(image, code):
         prob = pixel_probs(labeller, code[None], image.shape[:2], alpha=alpha)[0]
-        if crf is not None: prob = dense_crf(image, prob, **crf)
-        return prob.argmax(0).to(torch.uint8).cpu().numpy()
+        refined = prob if crf is None else dense_crf(image, prob, **crf)
+        label = refined.argmax(0)
+        out = torch.stack([label, certainty_map(prob, label)]) if certainty else label
+        return out.to(torch.uint8).cpu().numpy()
     if crf is None or labeller.clusters.is_cuda: return [one(*pair) for pair in zip(images, codes)]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool: return list(pool.map(one, images, codes))
 
@@ -93,26 +97,31 @@ def collect_files(source:str|Path, target:str|Path, names:list[str]):
         os.replace(part, target/name)
         part.unlink(missing_ok=True)                           # it stays where both were links to one file
     for p in target.iterdir():
-        if p.name not in wanted and not p.name.endswith('.part'): p.unlink(missing_ok=True)
+        if p.name not in wanted and not p.name.endswith('.part') and not p.is_dir(): p.unlink(missing_ok=True)
 
 # %% ../nbs/56_semantic.ipynb #write_semantic
 def write_semantic(labeller:Labeller, extract:Callable, root:str|Path, images:list[dict], folder:str|Path,
                    *, size:int, patch_size:int, alpha:float, flip:bool, crf:dict|None, # as in `segment`
                    work_folder:str|Path,
                    key:dict|None=None, # what else shapes the maps (the backbone's weights, the name of its feature)
+                   certainty:bool=False, # write `folder/certainty/%012d.png` as well, see `segment`
                    n_procs:int=1, # processes of one thread each; with more than one, `extract` must be picklable
                    batch_size:int=16, shard_size:int=128,
                    )->tuple[list[dict], list[dict]]: # [{id, counts of each cluster}], skipped [{file_name, reason}]
     "Write `folder/%012d.png` for every image; resumes; unreadable images are skipped and reported."
     if n_procs < 1: raise ValueError(f'n_procs must be 1 or more, got {n_procs}')
     options = dict(size=size, patch_size=patch_size, alpha=alpha, flip=flip, crf=crf)
+    if certainty: options['certainty'] = True
     state = b''.join(v.detach().cpu().numpy().tobytes() for v in labeller.state_dict().values())
     digest = hashlib.sha256(state + json.dumps([options, key], sort_keys=True).encode()).hexdigest()[:16]
     work_folder, sizes = Path(work_folder)/digest, dict(batch_size=batch_size, shard_size=shard_size)
     part = partial(_write_part, labeller, extract, root, images, work_folder, options, sizes)
     n = 1 if labeller.clusters.is_cuda else min(n_procs, math.ceil(len(images)/shard_size))
     records, skipped = in_processes(part, n, 'semantic')
-    collect_files(work_folder/'semantic', folder, [f"{r['id']:012d}.png" for r in records])
+    names = [f"{r['id']:012d}.png" for r in records]
+    collect_files(work_folder/'semantic', folder, names)
+    if certainty: collect_files(work_folder/'certainty', Path(folder)/'certainty', names)
+    else: shutil.rmtree(Path(folder)/'certainty', ignore_errors=True)                   # of other maps
     return records, skipped
 
 # %% ../nbs/56_semantic.ipynb #write_part
@@ -121,7 +130,11 @@ def _write_part(labeller, extract, root, images, folder, options, sizes, desc=''
     def load(item): return item, read_image(Path(root)/item['file_name'])
     def work(loaded):
         maps = segment(labeller, extract, [image for _, image in loaded], **options)
-        for (item, _), m in zip(loaded, maps): write_png(folder/'semantic'/f"{item['id']:012d}.png", m)
+        names = [f"{item['id']:012d}.png" for item, _ in loaded]
+        if options.get('certainty'):
+            for name, m in zip(names, maps): write_png(folder/'certainty'/name, m[1])
+            maps = [m[0] for m in maps]
+        for name, m in zip(names, maps): write_png(folder/'semantic'/name, m)
         counts = [np.bincount(m.ravel(), minlength=len(labeller.clusters)).tolist() for m in maps]
         return [dict(id=item['id'], counts=n) for (item, _), n in zip(loaded, counts)]
     n_threads = torch.get_num_threads()

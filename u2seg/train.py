@@ -230,7 +230,8 @@ def _recipe(model, batches, solver, amp):
     shapes = replace(solver, checkpoint_period=1), amp, batches.augment, batches.seed, batches.batch_size, d.sizes
     digest = hashlib.sha256(repr(shapes).encode())
     for x in (*model.state_dict().values(), *d.labels): digest.update(x.detach().cpu().contiguous().numpy().tobytes())
-    for x in (*getattr(d, 'images', ()), *getattr(d, 'rles', ())): digest.update(repr(x).encode())
+    power = filter(None, [getattr(d, 'power', 0)])
+    for x in (*getattr(d, 'images', ()), *getattr(d, 'rles', ()), *power): digest.update(repr(x).encode())
     return digest.hexdigest()
 
 # %% ../nbs/44_train.ipynb #fit
