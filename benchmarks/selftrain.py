@@ -122,8 +122,9 @@ def main():
             options = dict(solver=both['solver'], augment=augment, seed=a.seed, **rounds)
             self_train(net, train.fit, root, data.images, folder / 'rounds', **options)
         print(f'{name}: {(time.process_time() - t) / 60:.1f} CPU minutes', flush=True)
-        table += lines(name, measure(net, a, params, folder / f'scores_{name}'))
-        print('\n'.join(table[-8:]), flush=True)
+        new = [*lines(name, measure(net, a, params, folder / f'scores_{name}'))]
+        print('\n'.join(new), flush=True)
+        table += new
     source = f'a first training of seed {a.seed}' if a.first else 'the published model'
     ema = f'averaged weights of decay {a.ema}' if a.ema else 'weights that are not averaged'
     text = '\n'.join(
