@@ -153,6 +153,29 @@ def test_a_stage_in_several_processes_ends_with_dvc(tmp_path):
     assert len(tree) > 5 and left == []
 
 
+STACK = """
+import ctypes
+from u2seg.processes import _asked_to_stop
+
+class Stack(ctypes.Structure):
+    _fields_ = [('start', ctypes.c_void_p), ('flags', ctypes.c_int), ('size', ctypes.c_size_t)]
+
+with _asked_to_stop():
+    stack = Stack()
+    ctypes.CDLL(None).sigaltstack(None, ctypes.byref(stack))
+print(stack.flags, stack.size)
+"""
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='the stack is asked for from Linux')
+def test_a_signal_that_is_waited_for_has_a_stack_of_its_own():
+    "A product of oneDNN lets the stack pointer lie in the heap; a signal's frame would be written there."
+    env = {k: v for k, v in environment().items() if k != 'PYTHONFAULTHANDLER'}
+    flags, size = subprocess.run([sys.executable, '-c', STACK], env=env, capture_output=True, check=True).stdout.split()
+    disabled = 2
+    assert int(flags) != disabled and int(size) > 8192
+
+
 STEGO = dict(
     data=dict(root='images', train=['a']),
     stego=dict(size=64, n_classes=3, n_iters=60, batch_size=4, n_neighbors=3, segment=dict(size=64), n_procs=2),

@@ -7,6 +7,7 @@ __all__ = ['launch']
 
 # %% ../nbs/39_processes.ipynb #imports
 import copy
+import faulthandler
 import os
 import signal
 import tempfile
@@ -25,6 +26,7 @@ from .shards import _worker
 def _asked_to_stop():
     "A list that SIGTERM and SIGINT append to, instead of ending the process."
     asked, old = [], {}
+    if not faulthandler.is_enabled(): faulthandler.enable(2)            # its stack is the handlers', too; 2: stderr
     if threading.current_thread() is threading.main_thread():
         old = {s: signal.signal(s, lambda number, frame: asked.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
     try: yield asked
