@@ -25,7 +25,8 @@ import yaml
 
 from .exact import PINS, arithmetic
 from .images import write_atomic, write_json
-from .shards import _worker, become_torchrun, end_with_dvc, n_processes, passed_on
+from .kernel import become_torchrun, end_with_dvc, n_processes, passed_on
+from .shards import _worker
 
 # %% ../nbs/06_stage.ipynb #declared
 def stage_notebook(root:str|Path, stage:str)->Path:
