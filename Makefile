@@ -27,7 +27,7 @@ test: $(VENV)/installed
 nightly: $(VENV)/installed
 	OMP_NUM_THREADS=1 U2SEG_THREADS=1 U2SEG_FUZZ=100000 U2SEG_SLOW=1 python -m pytest -q --instafail -n 2 --timeout 0 tests/test_fuzz.py tests/test_detectron2_parity.py
 	python benchmarks/recipe.py coco
-	python benchmarks/stops.py --out benchmarks/results/stops.md
+	python benchmarks/stops.py --hosts --out benchmarks/results/stops.md
 
 lab: $(VENV)/installed
 	jupyter lab --notebook-dir=nbs

@@ -1,19 +1,25 @@
 """Every stage stopped at random moments through `dvc repro`: what goes on from there ends in the same bytes.
 
-    python benchmarks/stops.py [--seed 0] [--stages train ...] [--out benchmarks/results/stops.md]
+    python benchmarks/stops.py [--seed 0] [--stages train ...] [--hosts] [--out benchmarks/results/stops.md]
 
 The pipeline in small (tests/small.yaml) runs once from beginning to end, and once so that each stage is hit by each of
 `BLOWS`, at a moment that is drawn, and started again by `dvc repro`. A moment is a fraction of the CPU time that the
 stage took in the first run; all but the first lie after the imports. After a blow nothing of it may be left running.
 At the end all files under out/ are compared, but for the executed notebooks, which hold times.
+
+With `--hosts`, each stage that shares its work also runs on two simulated hosts: two torchrun agents that meet over
+loopback and have a folder in common, undisturbed, and with a worker killed at a random moment, which torchrun restarts.
+Both must end in the same bytes. Those of one process are the same, except after training, whose sums are others.
 """
 
 import argparse
 import hashlib
+import math
 import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -27,6 +33,7 @@ from machine import heading, publish
 from u2seg.images import read_json
 from u2seg.recipes import overlay
 from u2seg.scenes import draw_dataset
+from u2seg.shards import ALONE
 from u2seg.stage import stages
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -189,10 +196,67 @@ def run(whole, names, chosen, seed):
     return rows, used, sorted(n for n in want.keys() | got.keys() if want.get(n) != got.get(n)), len(want)
 
 
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
+def agents(folder, stage):
+    "Two agents of torchrun, a worker each."
+    options = dict(nnodes=2, nproc_per_node=1, max_restarts=3, monitor_interval=0.1, local_addr='127.0.0.1')
+    options |= dict(rdzv_backend='c10d', rdzv_id='u2seg', rdzv_endpoint=f'127.0.0.1:{free_port()}')
+    words = [f'--{name.replace("_", "-")}={value}' for name, value in options.items()]
+    command = [sys.executable, '-m', 'torch.distributed.run', *words, '-m', 'u2seg.cli', 'run', stage]
+    with open(folder / 'log', 'a') as log:
+        of_host = dict(cwd=folder, env=environment() | dict(GLOO_SOCKET_IFNAME='lo'), stdout=log, stderr=log)
+        return [subprocess.Popen(command, **of_host) for _ in range(2)]
+
+
+def on_hosts(folder, stage, moment=math.inf):
+    "Make a stage anew; the second host's worker is killed once at `moment`. Its CPU seconds; if it was; the bytes."
+    for made in (folder / 'out' / stage, folder / 'out' / '.work' / stage):
+        shutil.rmtree(made, ignore_errors=True)
+    hosts, used, killed = agents(folder, stage), 0.0, False
+    while any(h.poll() is None for h in hosts):
+        seconds, own = running(stage, descendants(hosts[1])[1:])  # the agent has the same last words
+        used = max(used, seconds)
+        if seconds >= moment and not killed:
+            killed = True
+            for process in own:
+                send(process, signal.SIGKILL)
+        time.sleep(0.05)
+    if any(h.returncode for h in hosts):
+        raise SystemExit((folder / 'log').read_text()[-3000:])
+    return used, killed, of_stage(folder, stage)
+
+
+def of_stage(folder, stage):
+    return {n: d for n, d in digests(folder).items() if n.startswith(f'out/{stage}/')}
+
+
+def run_hosts(whole, chosen, seed):
+    "Lines of a table, and whether all bytes are the same."
+    folder, rng, good = whole.with_name('hosts'), random.Random(seed), True
+    shutil.copytree(whole, folder)
+    lines = ['| stage | as one process | a worker killed at CPU s | as two hosts undisturbed |', '|:--|:--|--:|:--|']
+    for stage in chosen:
+        used, _, want = on_hosts(folder, stage)
+        moment = used * rng.uniform(0.3, 0.9)
+        _, killed, got = on_hosts(folder, stage, moment)
+        same = ['same bytes' if a == b else 'others' for a, b in ((of_stage(whole, stage), want), (want, got))]
+        when = f'{moment:.1f}' if killed else 'finished before'
+        lines.append(f'| {stage} | {same[0]} | {when} | {same[1]} |')
+        print(lines[-1], flush=True)
+        good &= want == got
+    return lines, good
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--stages', nargs='+', help='those that are hit; by default all')
+    parser.add_argument('--hosts', action='store_true', help='also on two simulated hosts')
     parser.add_argument('--folder', type=Path, help='a new one to work in; by default one that is deleted afterwards')
     parser.add_argument('--out')
     args = parser.parse_args()
@@ -201,12 +265,14 @@ def main():
         prepare(whole)
         chosen = args.stages or names
         rows, used, differ, n_files = run(whole, names, chosen, args.seed)
+        shared = [stage for stage in chosen if stage not in ALONE] if args.hosts else []
+        more, good = run_hosts(whole, shared, args.seed) if shared else ([], True)
     hit = [r for r in rows if r['at'] is not None]
     lines = heading('Stages that are stopped', 1, ('torch', 'dvc'), 'Each stage of the pipeline in small.')
     same = f'**DIFFER: {", ".join(differ)}**' if differ else '**byte-identical**'
     lines += [f'{len(hit)} blows in {len({r["stage"] for r in hit})} stages; {n_files} files under out/: {same}.', '']
-    publish(lines + table(rows, used), args.out)
-    return bool(differ or any(r['left'] for r in rows))
+    publish(lines + table(rows, used) + [''] * bool(more) + more, args.out)
+    return bool(differ or any(r['left'] for r in rows) or not good)
 
 
 if __name__ == '__main__':

@@ -196,6 +196,10 @@ def run_position():
     assert torch.allclose(values(position.remove_position(on(maps), weights)), left, atol=1e-5)
     assert torch.allclose(values(position.without_position(lambda x: x, weights)(on(maps))), left, atol=1e-5)
     assert abs(position.position_share(on(maps), weights) - position.position_share(maps, want)) < 1e-5
+    vit, image = on(ViTFeatures(VIT)), on(torch.rand(1, 3, 32, 32, generator=rng()))
+    less = position.WithoutPosition(vit, 'keys', on(torch.randn(5, 24, generator=rng())))
+    assert not torch.equal(values(less.keys(image)), values(vit.keys(image)))
+    assert torch.equal(values(less.patches(image)), values(vit.patches(image)))
 
 
 def run_pretrain(folder):
@@ -361,22 +365,24 @@ MODULES = [m.name for m in pkgutil.iter_modules(u2seg.__path__) if m.name not in
 LEFT_OUT = {
     'checkpoints.rename_weights': 'names of the tensors of a file, which is read on the CPU',
     'convert.checkpoint_config': 'names and shapes of the tensors of a file, which is read on the CPU',
+    'labeller.PatchFeatures.features': 'images are read on the CPU, and moved then',
     'views.box': 'boxes are drawn on the CPU, with its random numbers, and moved then',
 }
 
 
 def public(name):
-    "Code of the public functions of a module that take tensors, and of its networks."
+    "Code of the public functions of a module that take tensors, and of the public methods of its classes."
     module = importlib.import_module(f'u2seg.{name}')
     for symbol in getattr(module, '__all__', ()):
         thing = getattr(module, symbol)
-        thing = getattr(thing, 'forward', None) if inspect.isclass(thing) else thing
-        f = inspect.unwrap(thing) if callable(thing) else None
-        if not inspect.isfunction(f) or f.__module__ != module.__name__:
-            continue
-        given = {k: v for k, v in f.__annotations__.items() if k != 'return'}
-        if any('Tensor' in repr(v) for v in given.values()):
-            yield f'{name}.{symbol}', f.__code__
+        parts = vars(thing) if inspect.isclass(thing) else {'': thing}
+        for part, f in parts.items():
+            f = inspect.unwrap(f) if callable(f) else None
+            if part.startswith('_') or not inspect.isfunction(f) or f.__module__ != module.__name__:
+                continue
+            given = {k: v for k, v in f.__annotations__.items() if k != 'return'}
+            if any('Tensor' in repr(v) for v in given.values()):
+                yield f'{name}.{symbol}.{part}'.rstrip('.'), f.__code__
 
 
 def test_every_public_function_that_takes_tensors_is_run(ran):
