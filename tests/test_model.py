@@ -663,6 +663,16 @@ def test_images_without_instances_train(droploss):
     assert losses['loss_mask'] == 0 and losses['loss_rpn_loc'] == 0 and losses['loss_cls_stage0'] > 0
 
 
+def test_droploss_is_switched_off_for_self_training():
+    image, target = scene(0)
+    target['seed'] = 0
+    with_it, never = model(droploss=0.5).train(), model(droploss=0.0).train()
+    before = with_it([image], [target])['loss_cls_stage0']
+    with_it.roi_heads.droploss = 0.0  # as stage cutler does after the first training
+    after, want = (m([image], [target])['loss_cls_stage0'] for m in (with_it, never))
+    assert before < after == want
+
+
 def test_one_pixel_masks_and_boxes_on_the_border():
     m = model().train()
     image, target = scene(0, 3)

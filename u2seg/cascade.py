@@ -200,7 +200,7 @@ class RoIHeads(nn.Module):
                  box_pool:int, fc_dim:int, mask_pool:int, mask_dim:int, n_mask_convs:int):
         super().__init__()
         self.n_things, self.ious, self.weights = n_things, ious, weights
-        self.sampling, self.decoding, self.droploss = sampling, decoding, (droploss, droploss_score)
+        self.sampling, self.decoding, self.droploss, self.droploss_score = sampling, decoding, droploss, droploss_score
         self.box_pooler = Pooler(levels, size=box_pool, **pooling)
         self.mask_pooler = Pooler(levels, size=mask_pool, **pooling)
         self.box_head = nn.ModuleList(BoxHead(channels*box_pool**2, fc_dim) for _ in ious)
@@ -232,7 +232,7 @@ def cascade_losses(heads:RoIHeads,
     for k, weights in enumerate(heads.weights):
         logits, deltas = heads.stage(k, features, boxes, image)
         moved = decode_boxes(boxes, deltas, weights).detach()
-        keep = droploss_weights(moved, image, gt, *heads.droploss, logits)
+        keep = droploss_weights(moved, image, gt, heads.droploss, heads.droploss_score, logits)
         goals = gt['boxes'][index] if len(gt['boxes']) else boxes
         losses = box_losses(logits, deltas, boxes, labels, goals, weights=weights, keep=keep)
         out[f'loss_cls_stage{k}'], out[f'loss_box_reg_stage{k}'] = losses
