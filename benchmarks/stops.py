@@ -33,7 +33,7 @@ from machine import heading, publish
 from u2seg.images import read_json
 from u2seg.recipes import overlay
 from u2seg.scenes import draw_dataset
-from u2seg.shards import ALONE
+from u2seg.kernel import ALONE
 from u2seg.stage import stages
 
 ROOT = Path(__file__).resolve().parents[1]

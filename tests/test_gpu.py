@@ -21,7 +21,20 @@ from torch.nn import functional as F
 
 import u2seg
 from pretended import CUDA, Gpu, MixedDevices, gpu, on
-from u2seg import augment, cause, correspondence, crf, crops, kmeans, labeller, maskcut, ncut, pixels, pretrain
+from u2seg import (
+    augment,
+    cause,
+    certainty,
+    correspondence,
+    crf,
+    crops,
+    kmeans,
+    labeller,
+    maskcut,
+    ncut,
+    pixels,
+    pretrain,
+)
 from u2seg import position, semantic, smooseg, stego
 from u2seg.checkpoints import save_weights
 from u2seg.features import ViTFeatures, weights_digest
@@ -200,6 +213,19 @@ def run_position():
     less = position.WithoutPosition(vit, 'keys', on(torch.randn(5, 24, generator=rng())))
     assert not torch.equal(values(less.keys(image)), values(vit.keys(image)))
     assert torch.equal(values(less.patches(image)), values(vit.patches(image)))
+
+
+def run_certainty():
+    prob, sem = torch.rand(3, 6, 5, generator=rng()).softmax(0), torch.randint(0, 4, (6, 5), generator=rng())
+    want = certainty.certainty_map(prob, prob.argmax(0))
+    assert torch.equal(values(certainty.certainty_map(on(prob), on(prob.argmax(0)))), want)
+    right = certainty.pixel_weights(want, sem, 2.0)
+    weights = certainty.pixel_weights(on(want), on(sem), 2.0)
+    assert weights.is_cuda and torch.allclose(values(weights), right)
+    logits = torch.randn(1, 4, 6, 5, generator=rng())
+    loss, n = certainty.weighted_cross_entropy(on(logits), on(sem[None]), weights[None])
+    at_hand = certainty.weighted_cross_entropy(logits, sem[None], right[None])
+    assert torch.allclose(values(loss), at_hand[0]) and torch.allclose(values(n), at_hand[1])
 
 
 def run_pretrain(folder):
