@@ -47,6 +47,7 @@ REDUCED = dict(  # what the rehearsal changes in a recipe
     evaluate=dict(n_fit_images=2, n_procs=1),
     fewshot=dict(percents=[50], n_iters=[2], solver=FEW, inits=['u2seg'], n_workers=0, n_val=2),
     maskcut=dict(n_procs=1),
+    network=dict(max_detections=10),  # a detector of random weights finds a hundred objects an image
 )
 NETWORKS = dict(  # but for --full
     features=dict(backbone='vit_tiny_patch16_224'),
