@@ -13,10 +13,10 @@ by training images and by the images that are scored, by vote and one-to-one. Ki
 import argparse
 import time
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 
 import torch
+from machine import heading, publish
 
 from u2seg import train
 from u2seg.augment import Augment
@@ -127,24 +127,14 @@ def main():
         table += new
     source = f'a first training of seed {a.seed}' if a.first else 'the published model'
     ema = f'averaged weights of decay {a.ema}' if a.ema else 'weights that are not averaged'
-    text = '\n'.join(
-        [
-            f'# A round of self-training, {date.today()}',
-            '',
-            f'`python benchmarks/selftrain.py`, torch {torch.__version__}, seed {a.seed}, on {a.labelled}. '
-            f'*before*: {source}. *control*: {rounds["n_iters"]} iterations more with the labels of stage panoptic. '
-            f'*round*: as many with the labels of the teacher, from scores of {rounds["score_threshold"][0]} on, the '
-            f'best {rounds["top_fraction"]:.0%} of each class; {ema}. In %.',
-            '',
-            '| | split | mapping | ' + ' | '.join(SCORES) + ' |',
-            '|---' * (3 + len(SCORES)) + '|',
-            *table,
-            '',
-        ]
+    how = (
+        f'Seed {a.seed}, on {a.labelled}. *before*: {source}. *control*: {rounds["n_iters"]} iterations more with the '
+        f'labels of stage panoptic. *round*: as many with the labels of the teacher, from scores of '
+        f'{rounds["score_threshold"][0]} on, the best {rounds["top_fraction"]:.0%} of each class; {ema}. In %.'
     )
-    print(text)
-    if a.write:
-        (Path(__file__).parent / 'results' / 'selftrain.md').write_text(text)
+    head = ['| | split | mapping | ' + ' | '.join(SCORES) + ' |', '|---' * (3 + len(SCORES)) + '|']
+    title = heading('A round of self-training', torch.get_num_threads(), ['torch'], how)
+    publish([*title, *head, *table], Path(__file__).parent / 'results' / 'selftrain.md' if a.write else None)
 
 
 if __name__ == '__main__':
