@@ -1,9 +1,13 @@
-"""The limits of the page: `python tests/limits.py` lists what exceeds them, and tests/test_repo.py wants nothing."""
+"""The limits of the page: `python tests/limits.py` lists what exceeds them, and tests/test_repo.py wants nothing.
+
+`python tests/limits.py --strip` takes progress bars and warnings out of the outputs that notebooks keep.
+"""
 
 import ast
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 root = Path(__file__).parents[1]
@@ -67,6 +71,19 @@ def holds_picture(cell):
     return any(kind.startswith('image/') for o in cell['outputs'] for kind in o.get('data', {}))
 
 
+def is_noise(output):
+    "Is it a progress bar or a warning?"
+    return output.get('name') == 'stderr' or '%|' in ''.join(output.get('data', {}).get('text/plain', ''))
+
+
+def strip(path):
+    notebook = json.loads(path.read_text())
+    for cell in notebook['cells']:
+        if 'outputs' in cell:
+            cell['outputs'] = [o for o in cell['outputs'] if not is_noise(o)]
+    path.write_text(json.dumps(notebook, ensure_ascii=False, indent=1) + '\n')
+
+
 def faults_of_notebook(path):
     "Kinds of limits that a notebook exceeds."
     cells = json.loads(path.read_text())['cells']
@@ -85,6 +102,7 @@ def faults_of_notebook(path):
         'prose': prose < 0.7 * len(exports),
         'demo': demos < 0.75 * len(exports),
         'picture': any(draws(c) and not holds_picture(c) for c in code),
+        'noise': any(is_noise(o) for c in code for o in c['outputs']),
         'silent': not stage and any(is_silent(c) for c in code),
         'def': stage and any(re.match(r'\s*def ', l) for c in code for l in lines(c)),
         'stage cells': stage and len(code) > 12,
@@ -124,5 +142,9 @@ def measured():
 
 
 if __name__ == '__main__':
+    if '--strip' in sys.argv[1:]:
+        for path in files():
+            if path.suffix == '.ipynb' and 'noise' in faults_of_notebook(path):
+                strip(path)
     for name, kinds in measured().items():
         print(f'{name}: [{", ".join(kinds)}]')

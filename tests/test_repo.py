@@ -93,6 +93,11 @@ def test_the_limits_are_measured(tmp_path):
         faults(demo, cell('x' * 121, 'markdown')) == {'columns'} and faults(demo, cell('|' * 121, 'markdown')) == set()
     )
     assert faults(cell('x = 1', outputs=[dict(text='x' * 400_000)])) == {'outputs'}
+    bar = dict(data={'text/plain': 'pretrain: 100%|####| 9/9'})
+    for noise in (dict(name='stderr', text='a warning'), bar):
+        assert faults(cell('x = 1', outputs=[noise, dict(text='1')])) == {'noise'}
+    limits.strip(tmp_path / '20_x.ipynb')
+    assert limits.faults_of_notebook(tmp_path / '20_x.ipynb') == set()
     assert faults(cell('show.grid([x])')) == {'picture'} and faults(cell('grid([x])', outputs=[picture])) == set()
     for draws in (
         'grid([x]);',
