@@ -1,6 +1,6 @@
 """A recipe rehearsed before its data and its GPUs are at hand: the time, memory and disk of each stage, by image.
 
-    python benchmarks/recipe.py coco --images 8 16 32      # writes benchmarks/results/recipe.md, in 20 core-minutes
+    python benchmarks/recipe.py coco --images 8 16 32      # writes benchmarks/results/recipe.md, in 22 core-minutes
 
 The images are drawn, in COCO's layout and size: 640 x 480, 133 categories, crowds, COCO-Stuff's maps. The weights are
 random, in the files of their publishers. The recipe is that of `configs/`, with the reductions of `REDUCED`: a few
@@ -33,7 +33,7 @@ from u2seg.recipes import overlay, use
 ROOT = Path(__file__).parents[1]
 N_TRAIN, N_VAL = 118_287, 5_000
 STAGES = 'features maskcut cutler cluster stego panoptic train evaluate fewshot report'.split()
-FEW = dict(batch_size=2, warmup_iters=1, checkpoint_period=1000)
+FEW = dict(batch_size=2, warmup_iters=1, checkpoint_period=1000, amp=None)  # fp16 takes a CPU minutes an iteration
 REDUCED = dict(  # what the rehearsal changes in a recipe
     cutler=dict(
         solver=dict(FEW, n_iters=2),
