@@ -127,10 +127,14 @@ def main():
         table += new
     source = f'a first training of seed {a.seed}' if a.first else 'the published model'
     ema = f'averaged weights of decay {a.ema}' if a.ema else 'weights that are not averaged'
+    n, rated = (
+        rounds['n_iters'],
+        f'from scores of {rounds["score_threshold"][0]} on, the best {rounds["top_fraction"]:.0%}',
+    )
     how = (
-        f'Seed {a.seed}, on {a.labelled}. *before*: {source}. *control*: {rounds["n_iters"]} iterations more with the '
-        f'labels of stage panoptic. *round*: as many with the labels of the teacher, from scores of '
-        f'{rounds["score_threshold"][0]} on, the best {rounds["top_fraction"]:.0%} of each class; {ema}. In %.'
+        f'Seed {a.seed}, on {root if a.labelled == root else "DIR"}. *before*: {source}. '
+        f'*control*: {n} iterations more with the labels of stage panoptic. '
+        f'*round*: as many with the labels of the teacher, {rated} of each class; {ema}. In %.'
     )
     head = ['| | split | mapping | ' + ' | '.join(SCORES) + ' |', '|---' * (3 + len(SCORES)) + '|']
     title = heading('A round of self-training', torch.get_num_threads(), ['torch'], how)

@@ -159,14 +159,23 @@ def _named_segments(p, mapping):
     named = [dict(s, category_id=int(mapping.panoptic[s['category_id']])) for s in p.segments]
     return [s for s in named if s['category_id'] >= 0]
 
-def _named_ids(p, segments): return remap(p.ids.unpack(), {s['id']: s['id'] for s in segments}, other=0)
+def _merged(segments, stuff): # of an image; ids of the classes of stuff
+    "One segment for each class of stuff; and for each old id the new one."
+    first, of = {}, {}
+    for s in segments:
+        key = s['category_id'] if s['category_id'] in stuff else -s['id']                # a thing stays as it is
+        of[s['id']] = first.setdefault(key, dict(s, area=0))['id']
+        first[key]['area'] += s.get('area', 0)
+    return [*first.values()], of
 
-def _panoptic_scores(predictions, truth, mapping):
+def _panoptic_scores(predictions, truth, mapping, *, merged=False): # merged: stuff segments of one class are one
     "PQ, SQ, RQ of all, things, stuff; and those of each class, by category id."
-    ids = [a['image_id'] for a in truth.panoptic['annotations']]
-    segments = {i: _named_segments(predictions[i], mapping) for i in ids}
+    stuff, segments, ids = set(truth.stuff) if merged else set(), {}, {}
+    for i in (a['image_id'] for a in truth.panoptic['annotations']):
+        segments[i], ids[i] = _merged(_named_segments(predictions[i], mapping), stuff)
     coco = dict(annotations=[dict(image_id=i, file_name=i, segments_info=s) for i, s in segments.items()])
-    s = panoptic_quality(truth.panoptic, truth.maps, coco, lambda i: _named_ids(predictions[i], segments[i]))
+    named = lambda i: remap(predictions[i].ids.unpack(), ids[i], other=0)
+    s = panoptic_quality(truth.panoptic, truth.maps, coco, named)
     scores = {}
     for group, end in (('All', ''), ('Things', '_things'), ('Stuff', '_stuff')):
         scores |= {f'{k.upper()}{end}': s[group][k] for k in ('pq', 'sq', 'rq')}
@@ -190,7 +199,10 @@ def score(predictions:dict[int, ImagePrediction], # by image id, every image of 
     if one.semantic is not None:
         counts = label_counts(predictions, truth) if counts is None else counts
         out |= _semantic_scores(counts, truth, mapping, one.ids is not None)
-    if one.ids is not None: out |= _panoptic_scores(predictions, truth, mapping)[0]
+    if one.ids is None: return out
+    merged = _panoptic_scores(predictions, truth, mapping, merged=True)[0]
+    out |= _panoptic_scores(predictions, truth, mapping)[0]
+    out |= dict(PQ_merged=merged['PQ'], PQ_merged_stuff=merged['PQ_stuff'])
     return out
 
 # %% ../nbs/74_evaluate.ipynb #score_rows
@@ -245,12 +257,13 @@ def image_pq(predictions:dict[int, ImagePrediction], truth:GroundTruth,
     out = {}
     for a in truth.panoptic['annotations']:
         p = predictions[a['image_id']]
-        segments = _named_segments(p, mapping)
+        segments, ids = _merged(_named_segments(p, mapping), ())
         if truth.painted:                                               # what others cover is not in the map
             visible = np.unique(truth.ids(a))
             a = dict(a, segments_info=[s for s in a['segments_info'] if s['id'] in visible])
         coco = dict(annotations=[dict(image_id=a['image_id'], file_name='', segments_info=segments)])
-        s = panoptic_quality(truth.panoptic.but(annotations=[a]), truth.maps, coco, lambda _: _named_ids(p, segments))
+        named = remap(p.ids.unpack(), ids, other=0)
+        s = panoptic_quality(truth.panoptic.but(annotations=[a]), truth.maps, coco, {'': named})
         total = {k: sum(c[k] for c in s['per_class'].values()) for k in ('iou', 'tp', 'fp', 'fn')}
         out[a['image_id']] = total['iou']/max(total['tp'] + total['fp']/2 + total['fn']/2, 1e-9)
     return out

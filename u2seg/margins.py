@@ -92,7 +92,7 @@ def figure(rows:list[dict], keys:list[str], **want)->Picture:
     return fig
 
 # %% ../nbs/79_margins.ipynb #margins_table
-_FEW = ('u2seg', 'cutler'), ('cutler', 'random')     # better initial weights, worse
+_FEW = ('u2seg+', 'u2seg'), ('u2seg', 'cutler'), ('cutler', 'random')     # better initial weights, worse
 
 def _signed_spread(m): return _signed(m['mean']) + (f" ± {percent(m['std'])}" if m['n'] > 1 else '')
 
@@ -130,10 +130,10 @@ def _claimed(rows, claims):
 
 def claims_table(rows:list[dict],
                  claims:list[tuple], # (words, method above, method below, scores)
-                 )->str:             # Markdown
+                 *, whose:str='U2Seg')->str: # Markdown
     "The margins of each claim on each split, and with how many seeds they hold; clusters named on training images."
     splits, lines = _claimed(rows, claims)
-    return markdown([['U2Seg', *splits], *lines], len(splits) + 1)
+    return markdown([[whose, *splits], *lines], len(splits) + 1)
 
 def claims_list(rows:list[dict], claims:list[tuple])->str: # Markdown
     "What `claims_table` says, as a list."
@@ -154,7 +154,7 @@ def _score_lines(rows, columns, run, n_std):
     rows = select(rows, matching='vote')
     first, n_seeds = rows[0]['fitted_on'], len({r['seed'] for r in rows})
     for split, method, fitted_on in dict.fromkeys((r['split'], r['method'], r['fitted_on']) for r in rows):
-        if fitted_on != first and method != 'U2Seg': continue
+        if fitted_on != first and not method.startswith('U2Seg'): continue
         want = dict(split=split, method=method, fitted_on=fitted_on, matching='vote')
         here, found = next(iter(select(run, **want)), {}), select(rows, **want)
         scores = [_beside(here.get(k), mean_and_spread(found, k), n_seeds, n_std) for k in columns]

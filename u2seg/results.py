@@ -19,7 +19,8 @@ COLUMNS = {
     'agnostic_box_AP50': 'ca box AP50', 'agnostic_mask_AP50': 'ca mask AP50', 'agnostic_mask_AP': 'ca mask AP',
     'agnostic_mask_AR100': 'ca mask AR100', 'box_AP50': 'box AP50', 'box_AP': 'box AP', 'box_AR100': 'box AR100',
     'mask_AP50': 'mask AP50', 'mask_AP': 'mask AP', 'mask_AR100': 'mask AR100', 'PixelAcc': 'PixelAcc', 'mIoU': 'mIoU',
-    'PQ': 'PQ', 'SQ': 'SQ', 'RQ': 'RQ', 'PQ_things': 'PQ things', 'PQ_stuff': 'PQ stuff'}
+    'PQ': 'PQ', 'SQ': 'SQ', 'RQ': 'RQ', 'PQ_things': 'PQ things', 'PQ_stuff': 'PQ stuff',
+    'PQ_merged': 'PQ, stuff merged', 'PQ_merged_stuff': 'PQ stuff, merged'}
 
 # %% ../nbs/77_results.ipynb #select
 def select(rows:list[dict], **want)->list[dict]: # `want`: column=value

@@ -22,7 +22,7 @@ import yaml
 from .images import read_json
 from .margins import differences, summary
 from .results import COLUMNS, HEAD, few_rows, flatten, read_rows, select, write_rows
-from .stage import SHARED, declared, load_params, run_check, stage_notebook, stage_values, stages
+from .stage import SHARED, declared, load_params, read_yaml, run_check, stage_notebook, stage_values, stages
 
 # %% ../nbs/82_sweep.ipynb #read_sweep
 KEYS = 'question', 'seeds', 'targets', 'methods', 'base', 'settings'
@@ -35,7 +35,23 @@ def read_sweep(path:str|Path, # of sweeps.yaml
     sweep = dict(base={}) | sweeps[name]
     if set(sweep) != set(KEYS):
         raise ValueError(f'{path}: {name} must have {", ".join(KEYS)}, got {", ".join(sweeps[name])}')
-    return sweep
+    configs = Path(path).parents[1]/'configs'
+    settings = {k: _recipe(configs, v) if isinstance(v, str) else v for k, v in sweep['settings'].items()}
+    return sweep | dict(settings=settings)
+
+def _recipe(configs, name): # {parameter: value}
+    "What a recipe changes in the embedded default."
+    if not (configs/f'{name}.yaml').exists(): raise ValueError(f'no recipe {name!r} in {configs}')
+    own = read_yaml(configs/f'{name}.yaml')
+    if (base := own.pop('base', None)) != 'embedded':
+        raise ValueError(f'recipe {name} of a sweep must have the base embedded, got {base}')
+    return _flat(own)
+
+def _flat(nested, start=''):
+    out = {}
+    for k, v in nested.items(): out |= _flat(v, f'{start}{k}.') if v and isinstance(v, dict) else {start + k: v}
+    return out
+
 
 # %% ../nbs/82_sweep.ipynb #experiments
 def _get(params, name):
