@@ -112,7 +112,7 @@ def test_views_are_merged_by_hand():
         detection(1, 0.6, 1, slice(0, 9)),
         detection(1, 0.3, 1, slice(0, 8)),
         detection(1, 0.6, 2, slice(2, 10)),
-        detection(2, 0.8, 2, slice(0, 10)),  # of another class
+        detection(2, 0.8, 2, slice(0, 10)),  # of another class, a mate all the same
         detection(1, 0.5, 0, slice(5, 15)),  # IoU of 5 / 15 with the first: another instance
         detection(1, 0.4, 1, slice(10, 20)),
     ]
@@ -121,11 +121,17 @@ def test_views_are_merged_by_hand():
         for a in merge_views(found, 3)
     ]
     assert merged == [
-        (1, 0.7, [*range(10)]),
-        (2, 0.266667, [*range(10)]),
+        (1, 0.766667, [*range(10)]),  # (.9 + .6 + .8) / 3: a thing, by whatever name
         (1, 0.166667, [*range(5, 15)]),
         (1, 0.133333, [*range(10, 20)]),
     ]
+
+
+def test_the_class_is_that_of_most_views_and_the_mask_its_own():
+    found = [detection(2, 0.9, 0, slice(0, 10)), detection(1, 0.5, 1, slice(0, 9)), detection(1, 0.6, 2, slice(0, 8))]
+    (one,) = merge_views(found, 3)
+    assert (one['category_id'], one['score']) == (1, 0.666667)  # .5 + .6 against .9; (.9 + .5 + .6) / 3
+    assert decode_rle(one['segmentation'])[0].sum() == 8  # the best of class 1
 
 
 def test_thresholds_by_hand():

@@ -13,7 +13,7 @@ import numpy as np
 
 from .margins import claims_list, claims_table, few_table, margins_table, seeds_table
 from .paper import CUTLER_FEW, FEW, PAPER, PERCENTS
-from .results import COLUMNS, few_rows, flatten, markdown, percent, results_table, score_cell, select
+from .results import COLUMNS, HEAD, few_rows, flatten, markdown, percent, results_table, score_cell, select
 
 # %% ../nbs/85_report.ipynb #fewshot_table
 def _mean(fewshot, init, p, key):
@@ -157,17 +157,19 @@ _PAPER = (
 _FEW = 'Fine-tuned on a part of the labels; mean over seeds ± half the spread.'
 
 # %% ../nbs/85_report.ipynb #with_plus
-PLUS = [('is better than U2Seg', 'U2Seg+', 'U2Seg', ['mask_AP50', 'PixelAcc', 'mIoU', 'PQ']),
+PLUS = [('is better than U2Seg', 'U2Seg+', 'U2Seg', ['mask_AP50', 'PixelAcc', 'mIoU', 'PQ', 'PQ_merged']),
         ('names objects better than CutLER+', 'U2Seg+', 'CutLER+', ['mask_AP50']),
         ('segments scenes better than STEGO', 'U2Seg+', 'STEGO', ['PixelAcc', 'mIoU']),
         ('beats its parts merged, CutLER+STEGO', 'U2Seg+', 'CutLER+STEGO', ['PQ'])]
 
 def with_plus(seeds:list[dict], # rows of ablations/seeds.csv
-              plus:list[dict],  # of ablations/plus.csv
+              plus:list[dict],  # of ablations/plus.csv, its settings U2Seg and U2Seg+
               )->list[dict]:
-    "Both, split by split; the U2Seg of the second, and few labels on its weights, as the method U2Seg+."
-    names = {'U2Seg': 'U2Seg+', 'u2seg': 'u2seg+'}
-    rows = [*seeds, *(dict(r, method=names[r['method']]) for r in plus if r['method'] in names)]
+    "Both, split by split: U2Seg, with the scores that only the second has; the other as U2Seg+, few labels as u2seg+."
+    names, of = {'U2Seg': 'U2Seg+', 'u2seg': 'u2seg+'}, lambda r: tuple(r.get(k) for k in ('seed', *HEAD))
+    more = {of(r): r for r in select(plus, setting='U2Seg')}
+    rows = [more.get(of(r), {}) | r for r in seeds]
+    rows += [dict(r, method=names[r['method']]) for r in select(plus, setting='U2Seg+') if r['method'] in names]
     splits = [*dict.fromkeys(r['split'] for r in rows)]
     return sorted(rows, key=lambda r: splits.index(r['split']))
 

@@ -60,21 +60,28 @@ def _instances(r, view, step): # step -1: of a mirrored image
 # %% ../nbs/61_teacher.ipynb #merge_views
 def merge_views(found:list[dict], # {category_id, score, view, segmentation} of all views of an image
                 n_views:int,
-                *, max_iou:float=.5, # mask IoU of two of a class, above which they are one
+                *, max_iou:float=.5, # mask IoU of two, above which they are one
                 )->list[dict]:    # {category_id, score, segmentation}, best first
-    "One list of instances from those of all views; the score is the mean over the views."
+    "One list of instances from those of all views; the class is the one of most score, the score a mean over views."
     found = sorted(found, key=lambda d: -d['score'])
     category, view, score = (np.array([d[k] for d in found]) for k in ('category_id', 'view', 'score'))
-    mates = (_mask_iou(found, found) > max_iou) & (category[:, None] == category)
-    free, out = np.ones(len(found), bool), []
-    for i, d in enumerate(found):
+    mates, free, out = _mask_iou(found, found) > max_iou, np.ones(len(found), bool), []
+    for i in range(len(found)):
         if not free[i]: continue
         group = np.flatnonzero(mates[i] & free)                     # the instance itself is the first
-        free[group], of_view = False, np.zeros(n_views)
-        np.maximum.at(of_view, view[group], score[group])
-        out.append(dict(category_id=d['category_id'], score=round(float(of_view.mean()), 6),
-                        segmentation=d['segmentation']))
+        free[group] = False
+        mean = lambda some: _mean_over_views(some, view, score, n_views)
+        of = {c: group[category[group] == c] for c in category[group].tolist()}
+        best = max(of, key=lambda c: mean(of[c]))
+        mask = found[of[best][0]]['segmentation']
+        out.append(dict(category_id=best, score=round(mean(group), 6), segmentation=mask))
     return sorted(out, key=lambda d: -d['score'])
+
+def _mean_over_views(group, view, score, n_views):
+    of_view = np.zeros(n_views)
+    np.maximum.at(of_view, view[group], score[group])
+    return float(of_view.mean())
+
 
 # %% ../nbs/61_teacher.ipynb #class_thresholds
 def class_thresholds(counts:np.ndarray, # int [C, 101], how often each class has a score of 0, 1 ... 100 hundredths
