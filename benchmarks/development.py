@@ -37,7 +37,7 @@ def arguments():
     q.add_argument('--trained', type=Path, help='folder of a model: nothing is run')
     q.add_argument('--n-images', type=int, default=200, help='of each kind')
     q.add_argument('--out', type=Path, default=TABLE)
-    return q.parse_args()
+    return q.parse_intermixed_args()
 
 
 def development_set(folder, n):

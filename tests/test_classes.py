@@ -169,6 +169,37 @@ def test_coco_stuff_27_by_brute_force(coco):
     assert fine_maps(coco, 'train', [dict(id=1, file_name='train/1.jpg')]) == {}
 
 
+def test_merged_pq_is_the_pq_of_maps_that_were_merged_before(coco):
+    "Four clusters of stuff for two classes; the ground truth has two segments of class plant."
+    truth, rng = read_truth(coco, 'val', classes='supercategories'), np.random.default_rng(3)
+    plant, sky = SUPER_OFFSET + 6, SUPER_OFFSET + 14
+    mapping = Mapping(np.array([1]), np.array([plant, sky, plant, sky]), np.zeros(0, int))
+    plain, joined, maps = {}, {}, {}
+
+    def prediction(ids):
+        segments = [dict(id=int(k), category_id=int(k), area=int((ids == k).sum())) for k in np.unique(ids[ids > 0])]
+        return ImagePrediction(ids=pack(ids.astype(np.uint16)), segments=segments)
+
+    for a in truth.panoptic['annotations']:
+        i, gt = a['image_id'], read_ids(truth.maps / a['file_name'])
+        (above,) = (s['id'] for s in a['segments_info'] if s['category_id'] == sky)
+        plants = [s['id'] for s in a['segments_info'] if s['category_id'] == plant]
+        (thing,) = (s['id'] for s in a['segments_info'] if s['category_id'] == 1)
+        ids = np.where(gt == above, rng.choice([3, 5], gt.shape), rng.choice([2, 4], gt.shape)) * (gt > 0)
+        ids = np.where(gt == thing, 1, np.where(rng.random(gt.shape) < 0.1, 3, ids))
+        plain[i], joined[i] = prediction(ids), prediction(np.select([ids == 4, ids == 5], [2, 3], ids))
+        maps[i] = np.where(gt == plants[1], plants[0], gt)
+    s = score(plain, truth, mapping)
+    assert s['PQ_stuff'] == 0 and s['PQ_things'] > 0.5  # no half of the stuff matches
+    for a in truth.panoptic['annotations']:  # by hand: the two plants are one segment
+        write_ids(truth.maps / a['file_name'], maps[a['image_id']])
+        first, second = (x for x in a['segments_info'] if x['category_id'] == plant)
+        first['area'] += second['area']
+        a['segments_info'].remove(second)
+    by_hand = score(joined, truth, mapping)
+    assert s['PQ_merged'] == by_hand['PQ'] > s['PQ'] and s['PQ_merged_stuff'] == by_hand['PQ_stuff'] > 0.5
+
+
 def test_things_joined_by_brute_force(coco):
     truth, rng = read_truth(coco, 'val', classes='supercategories'), np.random.default_rng(2)
     classes = [1, 2, SUPER_OFFSET + 6, SUPER_OFFSET + 14, SUPER_OFFSET + 1, -1]

@@ -14,7 +14,8 @@ import numpy as np
 from .baselines import ImagePrediction
 from .matching import (
     MATCHINGS, instance_votes, map_instances, match_clusters, pixel_votes, semantic_votes)
-from .metrics import instance_ap, pair_counts, panoptic_quality, remap, semantic_from_panoptic, semantic_scores
+from .metrics import (
+    instance_ap, merge_stuff, pair_counts, panoptic_quality, remap, semantic_from_panoptic, semantic_scores)
 from .truth import GroundTruth
 
 # %% ../nbs/74_evaluate.ipynb #Votes
@@ -159,23 +160,18 @@ def _named_segments(p, mapping):
     named = [dict(s, category_id=int(mapping.panoptic[s['category_id']])) for s in p.segments]
     return [s for s in named if s['category_id'] >= 0]
 
-def _merged(segments, stuff): # of an image; ids of the classes of stuff
-    "One segment for each class of stuff; and for each old id the new one."
-    first, of = {}, {}
-    for s in segments:
-        key = s['category_id'] if s['category_id'] in stuff else -s['id']                # a thing stays as it is
-        of[s['id']] = first.setdefault(key, dict(s, area=0))['id']
-        first[key]['area'] += s.get('area', 0)
-    return [*first.values()], of
+def _named_ids(p, segments): return remap(p.ids.unpack(), {s['id']: s['id'] for s in segments}, other=0)
 
-def _panoptic_scores(predictions, truth, mapping, *, merged=False): # merged: stuff segments of one class are one
+def _panoptic_scores(predictions, truth, mapping, *, merged=False): # see `merge_stuff`
     "PQ, SQ, RQ of all, things, stuff; and those of each class, by category id."
-    stuff, segments, ids = set(truth.stuff) if merged else set(), {}, {}
-    for i in (a['image_id'] for a in truth.panoptic['annotations']):
-        segments[i], ids[i] = _merged(_named_segments(predictions[i], mapping), stuff)
+    gt, maps, by_name = truth.panoptic, truth.maps, {a['file_name']: a for a in truth.panoptic['annotations']}
+    segments = {a['image_id']: _named_segments(predictions[a['image_id']], mapping) for a in gt['annotations']}
     coco = dict(annotations=[dict(image_id=i, file_name=i, segments_info=s) for i, s in segments.items()])
-    named = lambda i: remap(predictions[i].ids.unpack(), ids[i], other=0)
-    s = panoptic_quality(truth.panoptic, truth.maps, coco, named)
+    named = lambda i: _named_ids(predictions[i], segments[i])
+    if merged:
+        gt, maps = merge_stuff(gt, lambda name: truth.ids(by_name[name]), truth.stuff)
+        coco, named = merge_stuff(coco, named, truth.stuff)
+    s = panoptic_quality(gt, maps, coco, named)
     scores = {}
     for group, end in (('All', ''), ('Things', '_things'), ('Stuff', '_stuff')):
         scores |= {f'{k.upper()}{end}': s[group][k] for k in ('pq', 'sq', 'rq')}
@@ -257,13 +253,12 @@ def image_pq(predictions:dict[int, ImagePrediction], truth:GroundTruth,
     out = {}
     for a in truth.panoptic['annotations']:
         p = predictions[a['image_id']]
-        segments, ids = _merged(_named_segments(p, mapping), ())
+        segments = _named_segments(p, mapping)
         if truth.painted:                                               # what others cover is not in the map
             visible = np.unique(truth.ids(a))
             a = dict(a, segments_info=[s for s in a['segments_info'] if s['id'] in visible])
         coco = dict(annotations=[dict(image_id=a['image_id'], file_name='', segments_info=segments)])
-        named = remap(p.ids.unpack(), ids, other=0)
-        s = panoptic_quality(truth.panoptic.but(annotations=[a]), truth.maps, coco, {'': named})
+        s = panoptic_quality(truth.panoptic.but(annotations=[a]), truth.maps, coco, lambda _: _named_ids(p, segments))
         total = {k: sum(c[k] for c in s['per_class'].values()) for k in ('iou', 'tp', 'fp', 'fn')}
         out[a['image_id']] = total['iou']/max(total['tp'] + total['fp']/2 + total['fn']/2, 1e-9)
     return out
