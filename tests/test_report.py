@@ -14,7 +14,7 @@ from u2seg import cli
 from u2seg import margins as M
 from u2seg import report as R
 from u2seg import stage as S
-from u2seg.results import COLUMNS, flatten, nest, read_rows, select
+from u2seg.results import COLUMNS, HEAD, flatten, nest, read_rows, select
 
 root = Path(__file__).parents[1]
 SEEDS = read_rows(root / 'ablations' / 'seeds.csv')
@@ -55,6 +55,18 @@ FEW = [
     for p in (5, 10)
     for s in (0, 1)
 ]
+
+
+def test_the_sweep_plus_scores_the_models_that_the_sweep_seeds_scored():
+    plus, key = read_rows(root / 'ablations' / 'plus.csv'), lambda r: tuple(r[k] for k in ('seed', *HEAD))
+    seeds, shared = {key(r): r for r in SEEDS}, ('mask_AP50', 'PixelAcc', 'PQ')
+    mine = select(plus, setting='U2Seg')
+    assert {r['seed'] for r in mine} == {r['seed'] for r in select(plus, setting='U2Seg+')}
+    for r in mine:
+        assert [r[k] for k in shared] == [seeds[key(r)][k] for k in shared], key(r)
+    both = R.with_plus(SEEDS, plus)
+    assert len(both) == len(SEEDS) + len(select(plus, setting='U2Seg+'))
+    assert all('PQ_merged' in r for r in both if r['method'] == 'U2Seg' and r['seed'] in {m['seed'] for m in mine})
 
 
 def test_every_claim_is_judged_by_the_sign_of_its_differences(metrics):
