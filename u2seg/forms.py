@@ -136,8 +136,9 @@ def cvat_mask(rle:dict)->dict[str, str]: # attributes rle, left, top, width, hei
     return dict(rle=', '.join(map(str, runs(window).tolist())), **{k: str(v) for k, v in box.items()})
 
 # %% ../nbs/28_forms.ipynb #cvat_document
-def cvat_document(names:list[str], images:list[str] # of the classes; the element `image` of each
-                  )->bytes:
+def cvat_document(names:list[str],  # of the classes
+                  images:list[str], # the element `image` of each
+                  )->bytes:         # XML
     "An annotation file of CVAT for images 1.1."
     top = ET.Element('annotations')
     ET.SubElement(top, 'version').text = '1.1'

@@ -144,7 +144,7 @@ def read_ids(path:str|Path)->np.ndarray: # int32 [H, W]
 def instances_json(images:list[dict],      # {id, file_name, width, height}
                    annotations:list[dict], # {image_id, category_id, segmentation, ...}; id, area, bbox are set here
                    categories:list[dict],  # {id, name}
-                   )->dict:
+                   )->dict:                # a COCO instance file; bbox [x, y, width, height], pixels
     "A COCO instance file; areas and boxes are the masks' own."
     out = []
     for i, a in enumerate(annotations, 1):

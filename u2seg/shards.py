@@ -158,7 +158,8 @@ def at_most_cores(n:int)->int: # processes
 
 def in_processes(share:Callable, # picklable; does this process's shards, with a progress bar if `desc` is given
                  n:int,          # processes; 1: only this one
-                 desc:str):      # what `share(desc)` returns
+                 desc:str,       # of the progress bar
+                 ):              # what `share(desc)` returns
     "Do sharded work in n processes, then here, where it is found done."
     n = at_most_cores(n)
     if n > 1:
