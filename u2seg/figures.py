@@ -34,7 +34,7 @@ def image_tiles(root:str|Path, images:list[dict], # {id, file_name}
                 methods:dict[str, tuple[dict[int, ImagePrediction], Mapping]], # title -> predictions, mapping
                 truth:GroundTruth|None,           # None: there is no ground truth
                 *, n:int=2)->tuple[list[str], list[np.ndarray]]: # titles of a row; the tiles of all rows
-    "Tiles of the first `n` images that can be read."
+    "Tiles of `n` evenly spaced images that can be read."
     def row(im):
         image, i = read_image(Path(root)/im['file_name']), im['id']
         maps = [class_map(predictions[i], mapping, image.shape[:2]) for predictions, mapping in methods.values()]

@@ -97,7 +97,7 @@ def _summary(self, names, label)->tuple[int, int|None]: # how many instances; th
 Gallery.describe, Gallery.summary = describe, _summary
 
 # %% ../nbs/65_gallery.ipynb #split
-def split(self, names:Names, label:str)->list: # [2][d]
+def split(self, names:Names, label:str)->dict: # {do: 'split', label, parts: [2][d]}
     "The action that splits a label in two; `ValueError` if all its members are alike."
     rows = self.rows(names, label)
     alike = f'cluster {label} cannot be split: it has {len(rows)} different instance{"s"*(len(rows) != 1)}'
