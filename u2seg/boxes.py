@@ -15,6 +15,7 @@ from torch import Tensor
 # %% ../nbs/31_boxes.ipynb #boxes
 def box_area(boxes:Tensor # [..., 4] xyxy
              )->Tensor:   # [...]
+    "Area in square pixels."
     return (boxes[..., 2] - boxes[..., 0])*(boxes[..., 3] - boxes[..., 1])
 
 def box_iou(a:Tensor, b:Tensor)->Tensor: # [n, 4], [m, 4] xyxy -> [n, m]

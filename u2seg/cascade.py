@@ -159,7 +159,7 @@ def mask_targets(targets:list[dict], # {boxes, masks bool [m, H, W]} of each ima
     return out
 
 def mask_loss(heads, features, targets, boxes, image, labels, index)->Tensor:
-    "Logistic loss of the masks of objects, over their pixels."
+    "Logistic loss of the masks of objects; `features` [b, c, h, w] a level, `labels` int64 [r], see `mask_targets`."
     logits = heads.mask_head(heads.mask_pooler(features, boxes, image), labels).float()
     scale = process_weight(len(boxes), logits.device)              # every process takes part, with objects or without
     if not len(boxes): return logits.sum()*0

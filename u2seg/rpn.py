@@ -58,7 +58,8 @@ def rpn_losses(anchors:Tensor,       # [n, 4] xyxy
 
 # %% ../nbs/32_rpn.ipynb #grouped_nms
 def nonempty(boxes:Tensor # [n, 4] xyxy
-             )->Tensor:   # int64 [m], indices
+             )->Tensor:   # int64 [m]
+    "Indices of boxes with an area."
     return ((boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])).nonzero()[:, 0]
 
 def grouped_nms(boxes:Tensor,  # [n, 4] xyxy

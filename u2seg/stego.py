@@ -84,7 +84,10 @@ def refit_probe(labeller:Labeller, features, *, seed:int)->Labeller:
 
 # %% ../nbs/55_stego.ipynb #fit_kmeans
 @torch.no_grad()
-def fit_kmeans(features, *, n_classes:int, code_dim:int, smooth:int, seed:int)->Labeller:
+def fit_kmeans(features,     # indexable by view numbers -> [b, d, h, w]
+               *, n_classes:int, code_dim:int,
+               smooth:int,   # patches a side that are averaged, odd
+               seed:int)->Labeller:
     "A labeller without training: PCA of the patch features and spherical k-means."
     first = features[torch.arange(2)]
     d, device = first.shape[1], first.device

@@ -47,6 +47,7 @@ def _load(path, key):
         os.replace(path, path.with_name('checkpoint.previous.pt'))
 
 def progress(rows:list[dict])->str: # of the log
+    "First and last loss in a sentence."
     first, last = rows[0], rows[-1]
     start = '' if first is last else f"{first['loss']:.2f} -> "
     return f"loss {start}{last['loss']:.2f} in {last['iteration']} iterations"
