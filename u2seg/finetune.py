@@ -92,7 +92,8 @@ class Plan:
     n_rounds:int=4
 
     def __post_init__(self):
-        if self.n_iters < self.n_rounds: raise ValueError(f'n_iters must be {self.n_rounds} or more, got {self.n_iters}')
+        least = self.n_rounds
+        if self.n_iters < least: raise ValueError(f'n_iters must be {least} or more, got {self.n_iters}')
         if not self.lr > 0: raise ValueError(f'lr must be positive, got {self.lr}')
 
 def plan(n:int,     # images to train on
