@@ -100,6 +100,7 @@ def plan(n:int,     # images to train on
          width:int, # channels of the network's first layer
          *, n_iters:int|None=None, lr:float|None=None, # None: from the number of images
          )->Plan:
+    "Iterations, rate and batch size for `n` images; `ValueError` as of `Plan`."
     batch_size = min(8, n)
     if n_iters is None: n_iters = round(60*n**.5)
     return Plan(n_iters, .002*24/width*(batch_size/8)**.5 if lr is None else lr, batch_size)
