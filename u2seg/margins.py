@@ -150,6 +150,8 @@ def _beside(run, x, n_seeds, n_std):
     outside = n > 1 and abs(run - mean) > max(n_std*std, .0005)           # what is printed has one decimal
     return f'**{percent(run)}** ({of_seeds})' if outside else f'{percent(run)} ({of_seeds})'
 
+def _seeds(n): return f"{n} seed{'s'*(n > 1)}"
+
 def _score_lines(rows, columns, run, n_std):
     rows = select(rows, matching='vote')
     first, n_seeds = rows[0]['fitted_on'], len({r['seed'] for r in rows})
@@ -157,8 +159,10 @@ def _score_lines(rows, columns, run, n_std):
         if fitted_on != first and not method.startswith('U2Seg'): continue
         want = dict(split=split, method=method, fitted_on=fitted_on, matching='vote')
         here, found = next(iter(select(run, **want)), {}), select(rows, **want)
-        scores = [_beside(here.get(k), mean_and_spread(found, k), n_seeds, n_std) for k in columns]
-        yield [split, method if fitted_on == first else f"{method}, the paper's naming", *scores]
+        n = len({r['seed'] for r in found})
+        scores = [_beside(here.get(k), mean_and_spread(found, k), n, n_std) for k in columns]
+        name = method if n == n_seeds else f'{method} ({_seeds(n)})'
+        yield [split, name if fitted_on == first else f"{name}, the paper's naming", *scores]
 
 def seeds_table(rows:list[dict], columns:dict[str, str], # score -> title
                 *, run:list[dict]=(), # rows of one run, to be set beside the seeds
@@ -171,14 +175,15 @@ def few_table(rows:list[dict], key:str='mask_AP', *, run:list[dict]=(), n_std:fl
     "A score of each initial weights with each percentage of the labels; empty without such rows."
     rows = select(rows, matching='labels')
     percents, n_seeds = [*dict.fromkeys(r['fitted_on'] for r in rows)], len({r['seed'] for r in rows})
+    n_of = {m: len({r['seed'] for r in rows if r['method'] == m}) for m in dict.fromkeys(r['method'] for r in rows)}
     def score(method, p):
         found, here = (select(some, method=method, fitted_on=p, matching='labels') for some in (rows, run))
         mean = np.mean([r[key] for r in here]) if here else None
-        return _beside(mean, mean_and_spread(found, key), n_seeds, n_std)
+        return _beside(mean, mean_and_spread(found, key), n_of[method], n_std)
     def difference(a, b, p):
         m = margin(select(rows, fitted_on=p), dict(method=a), dict(method=b), key)
         return f"{_signed_spread(m)} ({m['positive']} of {m['n']})" if m else ''
-    lines = [[m, *(score(m, p) for p in percents)] for m in dict.fromkeys(r['method'] for r in rows)]
+    lines = [[m if n == n_seeds else f'{m} ({_seeds(n)})', *(score(m, p) for p in percents)] for m, n in n_of.items()]
     lines += [[f'{a} above {b}', *(difference(a, b, p) for p in percents)] for a, b in _FEW]
     return markdown([['initial weights', *percents], *(line for line in lines if any(line[1:]))]) if rows else ''
 
