@@ -69,6 +69,7 @@ def test_each_source_of_randomness_has_a_seed_of_its_own():
 def test_every_ablation_of_the_paper_is_there():
     assert set(NAMES) == {
         'seeds',
+        'plus',
         'variance',
         'few_labels',
         'clusters',
