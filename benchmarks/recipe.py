@@ -1,6 +1,6 @@
 """A recipe rehearsed before its data and its GPUs are at hand: the time, memory and disk of each stage, by image.
 
-    python benchmarks/recipe.py coco --images 8 16 32      # writes benchmarks/results/recipe.md, in 22 core-minutes
+    python benchmarks/recipe.py coco --images 8 16 32      # writes benchmarks/results/recipe.md
 
 The images are drawn, in COCO's layout and size: 640 x 480, 133 categories, crowds, COCO-Stuff's maps. The weights are
 random, in the files of their publishers. The recipe is that of `configs/`, with the reductions of `REDUCED`: a few
