@@ -13,13 +13,14 @@ import torch
 from PIL import Image
 
 from common import PREDICTS
+from u2seg.baselines import model_predictions
 from u2seg.images import read_json, write_json, write_png
 from u2seg.checkpoints import save_weights
 from u2seg.masks import decode_rle, read_ids
 from u2seg.model import build_model
 from u2seg.folder import find_images, predict_folder
 from u2seg.names import by_name, Names, write_names
-from u2seg.predict import Prediction, U2Seg, as_image, free_memory
+from u2seg.predict import Prediction, U2Seg, as_image, free_memory, run_network
 
 TINY = dict(PREDICTS, n_stuff=2)
 
@@ -642,3 +643,20 @@ def test_instances_of_a_large_image_are_made_one_at_a_time():
     assert peak < 4 * h * w
     assert len(p.instances) == n and p.instances[-1]['name'] == 'thing_1'
     assert [i['score'] for i in p.instances[:2]] == [1.0, 1.0]
+
+
+def test_the_pipeline_predicts_large_images_one_by_one(tmp_path):
+    "Above `LARGE` pixels masks are pasted when they are asked for, and few results are held at once."
+    net = build_model(dict(TINY, max_detections=3)).eval()
+    image = np.array(Image.fromarray(picture()).resize((2049, 2048)))
+    write_png(tmp_path / 'x.png', image)
+    n_images = []
+    net.register_forward_pre_hook(lambda _, args: n_images.append(len(args[0])))
+    items = [dict(id=i, file_name='x.png') for i in (1, 2)]
+    found = model_predictions(net, tmp_path, items, batch_size=2)
+    (want,) = run_network(net, [image], short=TINY['min_size'], max_size=TINY['max_size'])
+    assert n_images == [1, 1, 1] and len(want['masks']) == 3
+    for p in found.values():
+        assert np.array_equal(p.semantic.unpack(), want['semantic'])
+        for a, mask in zip(p.instances, want['masks'], strict=True):
+            assert np.array_equal(decode_rle(a['segmentation']), mask)

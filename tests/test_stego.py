@@ -12,6 +12,7 @@ from PIL import Image
 
 from u2seg import correspondence, semantic, stego
 from u2seg.correspondence import correspondence_loss, nearest_images, random_partners, random_points, sample, stego_loss
+from u2seg.crf import STEGO
 from u2seg.features import ViTFeatures, write_backbone
 from u2seg.images import normalize, read_image, to_tensor
 from u2seg.kmeans import spherical_kmeans
@@ -406,6 +407,21 @@ def test_maps_do_not_depend_on_company(pictures, labeller):
     for image, m in zip(images, together):
         assert m.dtype == np.uint8 and m.shape == image.shape[:2]
         assert (m != segment(labeller, extract, [image], **ARGS)[0]).mean() < 0.002
+
+
+def test_a_large_image_is_refined_at_half_a_megapixel(labeller, monkeypatch):
+    "Of 2048 x 1024 px at half the size: each label of the small map is a square of four pixels."
+    noise = np.random.default_rng(0).integers(0, 256, (8, 16, 3), dtype=np.uint8)
+    image = np.array(Image.fromarray(noise).resize((2048, 1024)))
+    m = segment(labeller, extract, [image], **ARGS)[0]
+    code = semantic.patch_codes(labeller, extract, [image], size=32, patch_size=8, flip=True)
+    small = pixel_probs(labeller, code, (512, 1024), alpha=2.0)[0].argmax(0).numpy()
+    assert len(np.unique(m)) > 1 and np.array_equal(m, small.repeat(2, 0).repeat(2, 1))
+    odd = image[:1000, :1999]
+    assert segment(labeller, extract, [odd], **ARGS)[0].shape == (1000, 1999)
+    monkeypatch.setattr(semantic, 'PIXELS', 1000)  # a CRF that takes no time
+    m = segment(labeller, extract, [image[:64, :90]], certainty=True, **ARGS | dict(crf=STEGO))[0]
+    assert m.shape == (2, 64, 90) and np.array_equal(m[:, 0, 0], m[:, 1, 1])
 
 
 def test_flip_and_temperature(pictures, labeller):

@@ -28,7 +28,7 @@ from .masks import encode_rle
 from .matching import file_hash
 from .model import build_model, read_config
 from .panoptic import merge
-from .predict import run_network
+from .predict import run_in_parts
 from .semantic import segmenter
 from .shards import run_shared
 
@@ -82,7 +82,8 @@ def _prediction(image_id, output):
     array = lambda t, dtype: t.cpu().numpy().astype(dtype)
     boxes = array(output['boxes'], float)
     boxes[:, 2:] -= boxes[:, :2]                                       # xyxy -> xywh
-    found = zip(output['labels'].tolist(), output['scores'].tolist(), boxes.tolist(), array(output['masks'], bool))
+    masks = output['masks'].cpu().numpy()                              # one by one where the image is large
+    found = zip(output['labels'].tolist(), output['scores'].tolist(), boxes.tolist(), masks)
     instances = [dict(image_id=image_id, category_id=label + 1, score=score, bbox=box, segmentation=encode_rle(mask))
                  for label, score, box, mask in found if mask.any()]
     if 'panoptic' not in output: return ImagePrediction(instances=instances)
@@ -101,7 +102,7 @@ def model_predictions(model:torch.nn.Module, # of `build_model`
     out, size = {}, dict(short=model.config['min_size'], max_size=model.config['max_size'])
     for i in range(0, len(images), batch_size):
         batch = images[i:i + batch_size]
-        outputs = run_network(model, [read_image(Path(root)/im['file_name']) for im in batch], **size)
+        outputs = run_in_parts(model, [read_image(Path(root)/im['file_name']) for im in batch], **size)
         out |= {im['id']: _prediction(im['id'], o) for im, o in zip(batch, outputs)}
     return out
 

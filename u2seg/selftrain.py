@@ -16,13 +16,13 @@ from torch import nn
 from .features import weights_digest
 from .images import read_image
 from .masks import by_image, encode_rle, instances_json
-from .predict import run_network
+from .predict import run_in_parts
 from .shards import sharded
 
 # %% ../nbs/46_selftrain.ipynb #annotations
 def _detect(model, loaded, *, score_threshold, n_max, short, max_size, category_ids):
     "The detections of one batch."
-    results = run_network(model, [image for _, image in loaded], short=short, max_size=max_size)
+    results = run_in_parts(model, [image for _, image in loaded], short=short, max_size=max_size)
     out = []
     for (im, image), r in zip(loaded, results):
         order = r['scores'].argsort(descending=True, stable=True).tolist()
