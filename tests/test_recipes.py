@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from u2seg import recipes as R
+from u2seg.model import check_config
 
 root = Path(__file__).parents[1]
 NAMES = [n for n in R.recipes(root) if n != 'embedded']
@@ -73,6 +74,77 @@ def test_the_recipes_of_the_paper_by_hand():
         'evaluate.classes',
         'evaluate.n_fit_images',
     }
+
+
+# The constants of the official configurations, in our names. Each line: where they stand, then parameters and values.
+OFFICIAL = """
+CutLER maskcut/maskcut.py and README: maskcut.size 480, maskcut.feature keys, maskcut.tau 0.15, maskcut.n_masks 3,
+    maskcut.min_agreement 0.5, maskcut.crf true, features.interpolation dino
+CutLER cascade_mask_rcnn_R_50_FPN.yaml: cutler.solver.n_iters 160000, cutler.solver.milestones [80000], solver.gamma
+    0.02, cutler.solver.lr 0.01, cutler.augment.copy_paste plain, cutler.augment.paste_rate 1.0,
+    cutler.augment.paste_scale [0.3, 1.0], cutler.network.droploss 0.01, cutler.initial
+    weights/dino_resnet50_pretrain.pth
+CutLER README, self-training: cutler.self_training.n_rounds 2, cutler.self_training.score_threshold [0.7, 0.65],
+    cutler.self_training.n_iters 80000
+U2Seg usl-imagenet.py: cluster.embedding cls, cluster.crop_size 480, cluster.shape center, cluster.l2 false,
+    cluster.pca 0, cluster.metric euclidean, cluster.init random, cluster.n_init 1, cluster.n_iters 100, cluster.k 800
+STEGO train_config.yml, the weights and shifts of ViT-B/8: stego.w_self 0.1, stego.w_knn 1.0, stego.b_self 0.12,
+    stego.b_knn 0.2, stego.b_rand 1.0, stego.size 224, stego.crops five, stego.n_neighbors 7, stego.n_points 11,
+    stego.n_random 5, stego.pointwise true, stego.dropout 0.1, stego.lr 0.0005, stego.lr_probe 0.005, stego.probe sgd,
+    stego.feature patches
+STEGO eval_segmentation.py and crf.py: stego.segment.size 320, stego.segment.flip true, stego.segment.alpha 2.0,
+    stego.crf.n_iters 10, stego.crf.gauss_weight 3.0, stego.crf.gauss_sxy 1.0, stego.crf.bilateral_weight 4.0,
+    stego.crf.bilateral_sxy 67.0, stego.crf.bilateral_srgb 3.0
+STEGO cocostuff27_vit_base_5.ckpt: stego.n_iters 7000, stego.batch_size 32, stego.code_dim 90
+U2Seg generate_pseudo_panoptic.py: panoptic.rule official, panoptic.max_cover 0.7, panoptic.keep_empty false,
+    panoptic.score_threshold 0.0, panoptic.min_area 1
+U2Seg u2seg_R50_800.yaml: train.initial weights/dino_resnet50_pretrain.pth, train.solver.lr 0.01, solver.weight_decay
+    5.0e-05, solver.optimizer sgd, solver.schedule step, solver.milestones [], solver.warmup_iters 1000,
+    solver.warmup_factor 0.001, solver.sgd_momentum 0.9, solver.batch_size 16, solver.clip_type parameter,
+    solver.clip_value 1.0, solver.amp fp16, solver.precise_bn 200, solver.ema_decay 0.0, train.solver.loss_weights {},
+    train.network.sem_weight 0.5, augment.flip 0.5, augment.short_sides [240, 320, 480, 640, 672, 704, 736, 768, 800,
+    1024], augment.max_size 1333, augment.colour_jitter [0.0, 0.0, 0.0, 0.0], network.rpn_post_train 4000,
+    network.norm SyncBN, network.fpn_norm SyncBN
+detectron2 defaults.py: network.min_size 800, network.max_size 1333, network.roi_batch 512, network.decode detectron2,
+    train.network.roi_batch 512, train.network.panoptic_score 0.5, train.network.panoptic_area 4096
+U2Seg, the paper's Table A2, and sem_seg_evaluation.py: evaluate.match_score 0.4, evaluate.match_iou 0.6,
+    evaluate.match_stuff_iou 0.15, train.solver.n_iters 90000, evaluate.classes supercategories
+U2Seg_eff efficiency_*per.yaml: fewshot.percents [1, 2, 5, 10, 20, 30, 40, 50], fewshot.solver.lr 0.04,
+    fewshot.n_iters [3600, 3600, 4500, 9000, 18000, 27000, 36000, 45000], fewshot.solver.milestones [0.666667,
+    0.888889], fewshot.solver.gamma 0.1, fewshot.solver.weight_decay 0.0001, fewshot.solver.warmup_iters 1000,
+    fewshot.solver.clip_type null, fewshot.solver.amp null, fewshot.augment.copy_paste none
+"""
+
+
+def constants():
+    "Source, parameter and value of each constant in `OFFICIAL`."
+    pair = r'([a-z_0-9.]+)\s+(\[[^]]*\]|[^\s,]+)'
+    for source, text in re.findall(r'^(\S.*?): (.*(?:\n +.*)*)', OFFICIAL, re.M):
+        assert re.fullmatch(r'[\s,]*', re.sub(pair, '', text))  # nothing is left over
+        for name, value in re.findall(pair, text):
+            yield source, name, yaml.safe_load(value)
+
+
+def test_the_recipe_of_coco_has_the_constants_of_the_official_code():
+    coco = flat(yaml.safe_load(R.compose('coco', root)))
+    listed = list(constants())
+    assert {name for _, name, _ in listed} <= set(coco)
+    assert {name: (coco[name], source) for source, name, value in listed if coco[name] != value} == {}
+
+
+def test_the_network_of_coco_is_that_of_the_official_code():
+    params = yaml.safe_load(R.compose('coco', root))
+    for stage in ('cutler', 'train'):
+        own = {**params['network'], **params[stage]['network'], 'n_things': 800, 'n_stuff': 27}
+        assert check_config(own) | {'droploss': 0.0} == check_config(dict(n_things=800, n_stuff=27))
+
+
+def test_photographs_do_not_take_what_only_the_paper_needs():
+    params = flat(yaml.safe_load(R.compose('photos', root)))
+    assert params['train.initial'] == 'cutler'  # few iterations: from a detector's weights
+    assert params['panoptic.keep_empty'] is True  # images without an object are the user's too
+    assert params['solver.precise_bn'] == 0  # 200 batches more are long on a CPU
+    assert params['fewshot.augment.copy_paste'] == 'semantic' and params['stego.batch_size'] == 16
 
 
 @pytest.mark.parametrize(

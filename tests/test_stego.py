@@ -859,15 +859,16 @@ def test_published_settings_are_complete_sections():
         'coco27_vit_base',
         'coco27_vit_small',
     ]
+    code_dims = dict(cityscapes_vit_base=100, cityscapes_vit_small=70, coco27_vit_small=70, coco27_smooseg=64)
     for f in files:
         params = yaml.safe_load(compose(f'stego/{f.stem}', root))
         values = stage_values('stego', params, declared(nb))
         run_check('stego', nb, values | {'root': '.'})
         s = params['stego']
         assert (
-            s['code_dim'] == {'small': 70, 'smooseg': 64}.get(f.stem.split('_')[-1], 90)
+            s['code_dim'] == code_dims.get(f.stem, 90)
             and s['n_classes'] == 27
-            and s['pointwise']
+            and s['pointwise'] == (f.stem != 'cityscapes_vit_base')  # its checkpoint was trained without
             and s['probe'] == 'sgd'
             and s['crops'] == 'five'
         )
@@ -880,3 +881,9 @@ def test_published_settings_are_complete_sections():
     }
     assert shifts['coco27_vit_small'] == [0.67, 0.25, 0.63, 0.08, 0.02, 0.66]  # as published
     assert shifts['coco27_vit_base'] == pytest.approx([0.1, 1, 0.1538476246, 0.12, 0.2, 1])
+    of = lambda name: yaml.safe_load(compose(f'stego/{name}', root))['stego']
+    steps = {name: (of(name)['n_iters'], of(name)['batch_size']) for name in shifts if '_vit_' in name}
+    base, small = (7000, 32), (5000, 16)  # of the checkpoints; of train_config.yml
+    assert steps == dict(
+        coco27_vit_base=base, cityscapes_vit_base=base, coco27_vit_small=small, cityscapes_vit_small=small
+    )

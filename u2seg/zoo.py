@@ -231,7 +231,7 @@ STAGES = { # stage -> starts from, images, labels
     'cluster': ('the embedder of features', 'masks of cutler', 'none'),
     'stego': ('the backbone of features', '`data.train`', 'none'),
     'panoptic': ('nothing is trained', '`data.train`', 'of cluster and stego'),
-    'train': ('the detector of cutler', '`data.train`', 'of panoptic'),
+    'train': ("the detector of cutler; the paper: DINO's ResNet-50", '`data.train`', 'of panoptic'),
     'evaluate': ('the model of train', '`data.val`', 'ground truth: it names the clusters and scores them'),
     'fewshot': ('the model of train, or of cutler', '`data.train`', 'ground truth of a few percent')}
 
