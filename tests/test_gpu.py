@@ -254,10 +254,12 @@ def to_gpu(targets):
     return [{k: v if k == 'seed' else on(v) for k, v in t.items()} for t in targets]
 
 
-def step(model, amp=None, n=2, n_labels=3):
+def step(model, amp=None, n=2, n_labels=3, weighed=False):
     "One step of training on the GPU; the losses."
     images = [torch.randint(0, 256, (3, 96, 128), generator=rng(i)).float() for i in range(n)]
     targets = targets_of(n, 96, 128, n_labels)
+    if weighed:
+        targets = [dict(t, weight=torch.rand(n_labels, generator=rng(7))) for t in targets]
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
     with torch.autocast('cuda', amp, enabled=amp is not None):
@@ -284,6 +286,7 @@ def run_training():
         assert all(np.isfinite(v) for v in losses.values()), losses
     model = on(build_model(NETWORK)).train()
     step(model, n_labels=0)
+    step(model, weighed=True)
     sum(model([], []).values()).backward()
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from .agreement import label_weights
 from .augment import Augment, copy_paste, masks_to_boxes, semantic_copy_paste, view
 from .certainty import pixel_weights
 from .coco import read_instances
@@ -62,6 +63,7 @@ class PseudoLabels(Dataset):
         groups = [instances[im['id']] for im in self.images]
         self.rles = [[a['segmentation'] for a in group] for group in groups]
         self.labels = [torch.tensor([label[a['category_id']] for a in g], dtype=torch.long) for g in groups]
+        self.weights = label_weights(groups)
 
     def __len__(self): return len(self.images)
     def __getitem__(self, i): return _item(self, i)
@@ -76,6 +78,7 @@ def _item(data, i):
         raise ValueError(f'{name} is {size[0]} x {size[1]}; its labels are not')
     masks = torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0, *size, dtype=torch.bool)
     target = dict(boxes=masks_to_boxes(masks), labels=data.labels[i], masks=masks)
+    if data.weights: target['weight'] = torch.from_numpy(data.weights[i])
     if sem is None: return image, target
     if certain is not None: target['certainty'] = pixel_weights(certain, sem, data.power)
     return image, target | dict(sem=sem.long())

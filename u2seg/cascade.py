@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn, Tensor
 
+from .agreement import region_weights
 from .backbone import Conv
 from .boxes import clip_boxes, decode_boxes, encode_boxes, match_regions, random_keys, sample
 from .roialign import members, Pooler
@@ -68,10 +69,10 @@ def _image_index(items)->Tensor: # int64 [sum of lengths]
     "For every row of a list of tensors, one an image, the number of the image."
     return torch.cat([torch.full((len(x),), i, device=x.device) for i, x in enumerate(items)])
 
-def all_labels(targets:list[dict])->dict[str, Tensor]: # boxes [m, 4], labels [m], image [m]
-    "The labels of all images in one list."
-    boxes, labels = ([t[key] for t in targets] for key in ('boxes', 'labels'))
-    return dict(boxes=torch.cat(boxes), labels=torch.cat(labels), image=_image_index(labels))
+def all_labels(targets:list[dict])->dict[str, Tensor]: # boxes [m, 4], labels [m], image, weight [m]
+    "The labels of all images in one list; `weight` if they have it."
+    out = {k: torch.cat([t[k] for t in targets]) for k in ('boxes', 'labels', 'weight') if k in targets[0]}
+    return dict(out, image=_image_index([t['labels'] for t in targets]))
 
 def label_regions(boxes:Tensor, image:Tensor, # [r, 4] xyxy, int64 [r]
                   gt:dict,      # see `all_labels`
@@ -131,14 +132,14 @@ def box_losses(logits:Tensor, deltas:Tensor, # [r, K + 1], [r, 4]
                boxes:Tensor, labels:Tensor, # [r, 4] xyxy, int64 [r] with K = background
                goals:Tensor,  # [r, 4] xyxy, the box of each region's label
                *, weights:list, # of the deltas, see `encode_boxes`
-               keep:Tensor|float # [r], see `droploss_weights`
+               keep:Tensor|float, trust:Tensor # [r] each, see `droploss_weights`, `region_weights`
                )->tuple[Tensor, Tensor]: # class loss, box loss
     "Cross entropy of all regions and L1 of the objects, both over the number of regions."
     objects = (labels < logits.shape[1] - 1).nonzero()[:, 0]
     n = max(len(labels), 1)
     scale = process_weight(len(labels), logits.device)
-    classes = F.cross_entropy(logits, labels, reduction='none')*keep
-    offsets = (deltas[objects] - encode_boxes(boxes[objects], goals[objects], weights)).abs()
+    classes = F.cross_entropy(logits, labels, reduction='none')*keep*trust
+    offsets = (deltas[objects] - encode_boxes(boxes[objects], goals[objects], weights)).abs()*trust[objects, None]
     return classes.sum() / n*scale, offsets.sum() / n*scale
 
 # %% ../nbs/34_cascade.ipynb #mask_targets
@@ -158,13 +159,13 @@ def mask_targets(targets:list[dict], # {boxes, masks bool [m, H, W]} of each ima
         start += len(t['boxes'])
     return out
 
-def mask_loss(heads, features, targets, boxes, image, labels, index)->Tensor:
-    "Logistic loss of the masks of objects; `features` [b, c, h, w] a level, `labels` int64 [r], see `mask_targets`."
+def mask_loss(heads, features, targets, boxes, image, labels, index, trust)->Tensor:
+    "Logistic loss of objects' masks; `features` [b, c, h, w] a level, `labels`, `trust` [r], see `mask_targets`."
     logits = heads.mask_head(heads.mask_pooler(features, boxes, image), labels).float()
     scale = process_weight(len(boxes), logits.device)              # every process takes part, with objects or without
     if not len(boxes): return logits.sum()*0
     goals = mask_targets(targets, boxes, image, index, logits.shape[-1]).to(logits)
-    return F.binary_cross_entropy_with_logits(logits, goals)*scale
+    return F.binary_cross_entropy_with_logits(logits, goals, trust[:, None, None])*scale
 
 # %% ../nbs/34_cascade.ipynb #choose
 def choose(boxes:Tensor, probs:Tensor, # [r, 4] xyxy, [r, K + 1]
@@ -234,14 +235,15 @@ def cascade_losses(heads:RoIHeads,
         moved = decode_boxes(boxes, deltas, weights).detach()
         keep = droploss_weights(moved, image, gt, heads.droploss, heads.droploss_score, logits)
         goals = gt['boxes'][index] if len(gt['boxes']) else boxes
-        losses = box_losses(logits, deltas, boxes, labels, goals, weights=weights, keep=keep)
+        trust = region_weights(labels, index, gt, n)
+        losses = box_losses(logits, deltas, boxes, labels, goals, weights=weights, keep=keep, trust=trust)
         out[f'loss_cls_stage{k}'], out[f'loss_box_reg_stage{k}'] = losses
         if k + 1 == len(heads.ious): break
         boxes = clip_boxes(moved, *size[image].to(moved).unbind(1))
         real = nonempty(boxes)
         boxes, image = boxes[real], image[real]
         labels, index = label_regions(boxes, image, gt, iou=heads.ious[k + 1], n_things=n)
-    return {**out, 'loss_mask': mask_loss(heads, features, targets, *first)}
+    return {**out, 'loss_mask': mask_loss(heads, features, targets, *first, region_weights(*first[2:], gt, n))}
 
 # %% ../nbs/34_cascade.ipynb #detections
 def detections(heads:RoIHeads, features, proposals, sizes # as in `cascade_losses`

@@ -92,6 +92,7 @@ def _mask(segmentation, H, W):
 def as_detectron2(image:Tensor, # [3, H, W] RGB 0 ... 255
                   target:dict)->dict:
     "An image and its target as detectron2's models take them."
+    if 'weight' in target: raise ValueError("engine 'detectron2' knows no weights of labels: take engine 'torch'")
     H, W = image.shape[1:]
     instances = Instances((H, W), gt_boxes=Boxes(target['boxes']), gt_classes=target['labels'],
                           gt_masks=BitMasks(target['masks']))

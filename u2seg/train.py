@@ -232,7 +232,8 @@ def _recipe(model, batches, solver, amp):
     digest = hashlib.sha256(repr(shapes).encode())
     for x in (*model.state_dict().values(), *d.labels): digest.update(x.detach().cpu().contiguous().numpy().tobytes())
     power = filter(None, [getattr(d, 'power', 0)])
-    for x in (*getattr(d, 'images', ()), *getattr(d, 'rles', ()), *power): digest.update(repr(x).encode())
+    weights = (w.tolist() for w in getattr(d, 'weights', None) or ())
+    for x in (*getattr(d, 'images', ()), *getattr(d, 'rles', ()), *power, *weights): digest.update(repr(x).encode())
     return digest.hexdigest()
 
 # %% ../nbs/44_train.ipynb #fit
