@@ -6,6 +6,7 @@ import torch
 
 from common import STEPS, made
 from u2seg.agreement import agreements, weighed
+from u2seg.augment import crop
 from u2seg.batches import PseudoLabels
 from u2seg.images import write_png
 from u2seg.masks import decode_rle, encode_rle, instances_json
@@ -81,6 +82,13 @@ def test_weights_follow_their_labels_through_every_view(data, kind):
             assert t['weight'].tolist() == ((t['labels'] + 1) / 2).tolist()  # of mean 1
             pasted += len(t['labels']) > 3
     assert pasted > 4
+
+
+def test_an_instance_that_leaves_the_image_takes_its_weight_along(data):
+    image, target = data[0][0]
+    x0 = int(target['boxes'][:, 2].min())  # the leftmost ends here
+    left = crop(image, target, (0, x0, 32, 40 - x0))[1]
+    assert left['labels'].tolist() == [1, 2] and left['weight'].tolist() == [1.0, 1.5]
 
 
 def losses(weight, seed=0):
