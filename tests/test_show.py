@@ -7,7 +7,9 @@ import pytest
 from PIL import Image
 from matplotlib.figure import Figure
 from u2seg.show import (
+    AREA,
     class_colours,
+    draw_boxes,
     grid,
     jpeg_bytes,
     overlay,
@@ -244,3 +246,17 @@ def test_overlay_of_a_large_photo_needs_little_memory():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 3 * image.nbytes and (out[::9] != image[::9]).any()
+
+
+def test_a_large_image_is_made_smaller_before_it_is_drawn():
+    "Boxes keep its coordinates, and a map its labels."
+    image = np.zeros((3000, 4000, 3), np.uint8)
+    image[:, 2000:] = 200
+    fig = draw_boxes(image, [(np.array([[2000, 0, 3999, 2999]]), 'red')])
+    (drawn,) = fig.axes[0].images
+    assert drawn.get_array().size < 3 * 9 * AREA and [*drawn.get_extent()] == [-0.5, 3999.5, 2999.5, -0.5]
+    seen = pixels(fig)
+    middle = len(seen) // 2, seen.shape[1] // 2
+    assert (seen[middle[0], middle[1] - 40] == 0).all() and (seen[middle[0], middle[1] + 40] == 200).all()
+    labels = np.where(image[..., 0] > 0, 7, 3)
+    assert set(np.unique(grid([labels], n_columns=1).axes[0].images[0].get_array())) == {3, 7}
