@@ -312,8 +312,9 @@ def test_results_of_others_are_not_overwritten(weights, tmp_path):
     with pytest.raises(ValueError, match='another model'):
         predict_folder(one, tmp_path / 'other', out, device='cpu')
     assert {f: f.read_bytes() for f in out.rglob('*') if f.is_file()} == first
-    with pytest.raises(ValueError, match='is a file'):
-        predict_folder(one, weights, one, device='cpu')
+    for below in (one, one / 'deep' / 'er'):
+        with pytest.raises(ValueError, match='a.png: is a file, where the folder'):
+            predict_folder(one, weights, below, device='cpu')
 
 
 def lists(out):
@@ -340,6 +341,39 @@ def test_a_folder_grows_by_other_images(weights, tmp_path):
     for file, name in zip(files, names):
         assert (read_ids(out / 'panoptic' / file) == model.predict(tmp_path / name).ids).all()
         assert (out / 'overlay' / file).is_file()
+
+
+def test_a_call_within_a_call_loses_nothing(weights, tmp_path, monkeypatch):
+    for name in ('one/a.png', 'one/b.png', 'two/a.png'):
+        write_png(tmp_path / name, picture(sum(map(ord, name))))
+    out, run = tmp_path / 'out', U2Seg._batch
+
+    def meanwhile(self, images):
+        monkeypatch.setattr(U2Seg, '_batch', run)
+        predict_folder(tmp_path / 'two', weights, out, device='cpu')
+        return run(self, images)
+
+    monkeypatch.setattr(U2Seg, '_batch', meanwhile)
+    predict_folder(tmp_path / 'one', weights, out, device='cpu')
+    assert [im['file_name'] for im in lists(out)['panoptic']['images']] == ['one/a.png', 'one/b.png', 'two/a.png']
+
+
+_CLAIMS = '''
+import sys
+from pathlib import Path
+from u2seg import folder
+for i in range(int(sys.argv[2]), 60, 2):
+    with folder._alone(Path(sys.argv[1])):
+        folder._claim(Path(sys.argv[1]), dict(weights='', settings={}, names={}), [f'/in/{i}/a.png'])
+'''
+
+
+def test_processes_that_start_at_once_know_all_images(tmp_path):
+    command = [sys.executable, '-c', _CLAIMS, str(tmp_path / 'out')]
+    both = [subprocess.Popen([*command, str(i)]) for i in (0, 1)]
+    assert [p.wait() for p in both] == [0, 0]
+    names = read_json(tmp_path / 'out' / '.work' / 'images.json')['images']
+    assert len(names) == len({*names.values()}) == 60
 
 
 def test_it_goes_on_behind_the_last_finished_image(weights, tmp_path, monkeypatch):
@@ -463,20 +497,30 @@ def test_results_among_the_images_are_not_images(weights, tmp_path):
     write_png(tmp_path / 'a.png', picture())
     for _ in range(2):
         assert predict_folder(tmp_path, weights, tmp_path / 'segmented', device='cpu')['images'] == 1
-    with pytest.raises(ValueError, match='no image outside'):
+    assert predict_folder(tmp_path, weights, tmp_path / 'again', device='cpu')['images'] == 1
+    assert len(find_images(tmp_path / 'segmented' / 'overlay')) == 1  # named as such they are
+    with pytest.raises(ValueError, match='no image outside of .*segmented, the folder of the results; name another'):
         find_images(tmp_path / 'segmented' / 'overlay', without=tmp_path / 'segmented')
+
+
+def test_no_name_is_not_this_folder(tmp_path, monkeypatch):
+    write_png(tmp_path / 'a.png', picture())
+    monkeypatch.chdir(tmp_path)
+    assert find_images('.') == [str(tmp_path / 'a.png')]
+    with pytest.raises(ValueError, match="'': no such image or folder"):
+        find_images('')  # as of "$UNSET" in a shell
 
 
 def test_command_line(weights, tmp_path, capsys, monkeypatch):
     from u2seg.cli import main
 
     write_png(tmp_path / 'a.png', picture())
-    (tmp_path / 'b.jpg').write_bytes(b'x')
+    (tmp_path / 'b.jpg').symlink_to('nothing')
     assert (
         main(
             [
                 'predict',
-                str(tmp_path / '*.*g'),
+                str(tmp_path),
                 '--weights',
                 str(weights),
                 '--out',

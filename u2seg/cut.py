@@ -7,16 +7,18 @@ __all__ = ['vit_of', 'load_backbone', 'cut_options', 'cut_image', 'cut_folder']
 
 # %% ../nbs/66_cut.ipynb #imports
 import math
+import os
 import re
 from pathlib import Path
 
 import timm
 
 from .families import family
-from .features import ViTFeatures, from_file
-from .folder import _name_images, _nothing_left, _root, find_images
-from .images import read_image, write_json, write_png
+from .features import ViTFeatures, from_file, weights_digest
+from .folder import _alone, _claim, _folder, _known, _nothing_left, _record, _root, find_images
+from .images import read_image, read_json, write_json, write_png
 from .maskcut import check_options, label_image, label_images, overlay_annotations
+from .masks import by_image, instances_json
 from .predict import as_image, check_device
 from .weights import SUFFIXES, read_weights
 
@@ -78,28 +80,50 @@ def cut_image(image,                         # a path, PIL image, array or tenso
     features = load_backbone(backbone).to(check_device(device))
     return label_image(image, features, **cut_options(backbone, features, size=size, tau=tau, n_masks=n_masks))
 
+# %% ../nbs/66_cut.ipynb #write_results
+def _write(out, item, image, annotations):
+    write_png(out/'overlay'/item['name'], overlay_annotations(image, annotations))
+    write_json(_record(out, item), dict(height=image.shape[0], width=image.shape[1], annotations=annotations))
+
+def _write_lists(out): # of all images that the folder knows
+    known, images, annotations, skipped = _known(out), [], [], []
+    root = _root([item['file'] for item in known])
+    for item in known:
+        try: r = read_json(_record(out, item))
+        except ValueError: continue                                # not finished
+        named = dict(id=item['id'], file_name=Path(item['file']).relative_to(root).as_posix())
+        if 'skipped' in r: skipped.append(dict(file_name=named['file_name'], reason=r['skipped']))
+        else:
+            images.append(dict(named, width=r['width'], height=r['height']))
+            annotations += r['annotations']
+    write_json(out/'instances.json', instances_json(images, annotations, [dict(id=1, name='fg')]))
+    write_json(out/'skipped.json', skipped)
+
 # %% ../nbs/66_cut.ipynb #cut_folder
 def cut_folder(images:str|Path|list,         # files, folders, patterns
                out:str|Path,                 # folder for overlay/ and instances.json
                backbone:str|Path=_DINO,      # as in `load_backbone`
                *, size:int|None=None, tau:float|None=None, n_masks:int=3, device:str|None=None, # as in `cut_image`
                )->dict:                      # counts: images, masks, skipped
-    "Overlays and COCO instances of many images, without labels or training."
-    device, out = check_device(device), Path(out)
+    "Overlays and COCO instances of many images; `ValueError` if `out` holds results of another backbone or settings."
+    device, out = check_device(device), _folder(out)
     files = find_images(images, without=out)
     features = load_backbone(backbone).to(device)
     options = cut_options(backbone, features, size=size, tau=tau, n_masks=n_masks)
-    root, names = _root(files), _name_images(files, {})
-    items = [dict(id=i, file_name=Path(f).relative_to(root).as_posix()) for i, f in enumerate(files, 1)]
+    now, root = {*files}, _root(files)
     work = dict(root=root, folder=out/'.work', shard_size=1, batch_size=1)
     with _nothing_left(out):
-        coco, skipped = label_images(items, features, **work, **options)
+        with _alone(out): _claim(out, dict(weights=weights_digest(features), settings=options, names={}), files)
+        items = [item for item in _known(out) if item['file'] in now]
+        items = [dict(item, file_name=os.path.relpath(item['file'], root)) for item in items]
+        listed = [dict(id=item['id'], file_name=item['file_name']) for item in items]
+        coco, skipped = label_images(listed, features, **work, **options)
         if not coco['images']:
             raise ValueError(f"none of {len(items)} could be read; the first: {skipped[0]['reason']}")
-        for im in coco['images']:
-            file = root/im['file_name']
-            own = [a for a in coco['annotations'] if a['image_id'] == im['id']]
-            write_png(out/'overlay'/names[str(file)], overlay_annotations(read_image(file), own))
-    write_json(out/'instances.json', coco)
-    write_json(out/'skipped.json', skipped)
+        reasons, of_image = {s['file_name']: s['reason'] for s in skipped}, by_image(coco)
+        for item in items:
+            reason = reasons.get(item['file_name'])
+            if reason: write_json(_record(out, item), dict(skipped=reason))
+            else: _write(out, item, read_image(item['file']), of_image[item['id']])
+    with _alone(out): _write_lists(out)
     return dict(images=len(coco['images']), masks=len(coco['annotations']), skipped=len(skipped))

@@ -19,6 +19,9 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
+try: import fcntl
+except ImportError: fcntl = None               # not on Windows: one process at a time
+
 from .images import list_images, read_image, read_json, write_json, write_png
 from .masks import instances_json, write_ids
 from .names import as_yaml
@@ -44,17 +47,25 @@ def find_images(images:str|Path|list, # files, folders, patterns such as 'photos
     real = lambda f: os.path.join(os.path.realpath(os.path.dirname(f)), os.path.basename(f))
     once = {real(f): f for f in reversed(files)}                   # one that links lead to as well: once
     files = [*reversed(once.values())]
-    inside = None if without is None else os.path.join(os.path.abspath(without), '')
-    files = [f for f in files if inside is None or not f.startswith(inside)]
-    if not files: raise ValueError(f'{images}: no image outside of {without}')
+    if without is None or not files: return files
+    inside = os.path.join(os.path.abspath(without), '')
+    files = [f for f in files if not f.startswith(inside)]
+    if not files: raise ValueError(f'no image outside of {without}, the folder of the results; name another for them')
     return files
 
 def _files(x)->list[str]: # of one file, folder or pattern
-    if Path(x).is_dir(): files = [str(Path(x)/im['file_name']) for im in list_images(x, ['.'])]
-    elif Path(x).is_file(): files = [str(x)]
+    path, files = Path(x), []
+    if str(x) and path.is_dir(): files = _files_of_others(path)
+    elif path.is_file() or path.is_symlink(): files = [str(x)]     # a link to nothing is reported as such later
     else: files = sorted(f for f in glob.glob(str(x), recursive=True) if Path(f).is_file())
-    if not files: raise ValueError(f'{x}: no such image or folder')
+    if not files: raise ValueError(f'''{x or "''"}: no such image or folder''')
     return files
+
+def _files_of_others(folder): # without those in folders of results
+    names = [im['file_name'] for im in list_images(folder, ['.'])]
+    parents = {p for n in names for p in Path(n).parents}
+    results = {p for p in parents if p.name and (folder/p/'.work').is_dir()}
+    return [str(folder/n) for n in names if results.isdisjoint(Path(n).parents)]
 
 # %% ../nbs/63_folder.ipynb #name_images
 def _root(files)->Path: return Path(os.path.commonpath([os.path.dirname(f) for f in files]))
@@ -71,11 +82,9 @@ def _name_images(files:list[str], known:dict[str, str])->dict[str, str]: # path 
     return names
 
 # %% ../nbs/63_folder.ipynb #claim
-def _claim(out, model, files)->dict[str, str]: # as of `_name_images`, of all images that the folder knows
+def _claim(out, own, files): # own: {weights: digest, settings, names}
     "Note whose results the folder holds; `ValueError` if it holds those of another model or other settings."
-    note = out/'.work'/'images.json'
-    own = dict(weights=_digest(model.model), settings=model.model.config, names=as_yaml(model.naming))
-    own = json.loads(json.dumps(own))                             # as it will be read
+    note, own = _note(out), json.loads(json.dumps(own))           # as it will be read
     old = read_json(note) if note.is_file() else dict(own, images={})
     way_out = 'name another folder, or delete this one'
     if old['weights'] != own['weights']: raise ValueError(f'{out}: holds the results of another model; {way_out}')
@@ -83,14 +92,28 @@ def _claim(out, model, files)->dict[str, str]: # as of `_name_images`, of all im
         if (was := old['settings'].get(k)) != v:
             raise ValueError(f'{out}: holds results of {k} {was}, not {v}; {way_out}')
     if old['names'] != own['names']: raise ValueError(f'{out}: holds results with other names of classes; {way_out}')
-    images = _name_images(files, old['images'])
-    write_json(note, dict(own, images=images))
-    return images
+    write_json(note, dict(own, images=_name_images(files, old['images'])))
 
-def _digest(model):
+def _note(out): return out/'.work'/'images.json'
+
+def _own(model):
     h = hashlib.sha256()
-    for v in model.state_dict().values(): h.update(v.detach().cpu().contiguous().numpy().tobytes())
-    return h.hexdigest()
+    for v in model.model.state_dict().values(): h.update(v.detach().cpu().contiguous().numpy().tobytes())
+    return dict(weights=h.hexdigest(), settings=model.model.config, names=as_yaml(model.naming))
+
+# %% ../nbs/63_folder.ipynb #alone
+@contextmanager
+def _alone(out):
+    "Inside, no other process writes the note and the lists of this folder."
+    (out/'.work').mkdir(parents=True, exist_ok=True)
+    with open(out/'.work'/'lock', 'w') as f:
+        if fcntl: fcntl.flock(f, fcntl.LOCK_EX)
+        yield
+
+def _known(out): # items: all images that the folder knows
+    stamp = lambda f: _stamp('/', dict(file_name=f))
+    names = read_json(_note(out))['images']
+    return [dict(id=i, name=n, file=f, stamp=stamp(f)) for i, (f, n) in enumerate(names.items(), 1)]
 
 # %% ../nbs/63_folder.ipynb #write_results
 def _record(out, item): return (out/'.work'/'records'/item['name']).with_suffix('.json')
@@ -145,10 +168,12 @@ def _all_entries(out, items): # of every image; under torchrun this waits for th
     return [_entry(out, item) for item in items]
 
 # %% ../nbs/63_folder.ipynb #write_lists
-def _write_lists(out, model, items, entries):
-    root, categories = _root([item['file'] for item in items]), model.naming.categories
+def _write_lists(out, model):
+    items, categories = _known(out), model.naming.categories
+    root = _root([item['file'] for item in items])
     images, instances, panoptic, skipped = [], [], [], []
-    for item, e in zip(items, entries):
+    for item in items:
+        e = _entry(out, item)
         file_name = Path(item['file']).relative_to(root).as_posix()
         if e and 'skipped' in e: skipped.append(dict(file_name=file_name, reason=e['skipped']))
         if not e or 'skipped' in e: continue
@@ -162,6 +187,11 @@ def _write_lists(out, model, items, entries):
     write_json(out/'skipped.json', skipped)
 
 # %% ../nbs/63_folder.ipynb #nothing_left
+def _folder(out)->Path: # which may not be there yet
+    there = next(p for p in (Path(out), *Path(out).parents) if p.exists())
+    if not there.is_dir(): raise ValueError(f'{there}: is a file, where the folder of the results is to be')
+    return Path(out)
+
 @contextmanager
 def _nothing_left(out):
     "If not one image gets finished, a folder that was not there before is removed again."
@@ -179,22 +209,19 @@ def predict_folder(images:str|Path|list, # files, folders, patterns
                    score:float|None=None, # as in `U2Seg.from_pretrained`
                    )->dict:               # counts: images, instances, skipped
     "Overlays, COCO panoptic and COCO instances of many images; `ValueError` if `out` holds another model's results."
-    out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f'{out}: is a file, where the folder of the results is to be')
+    out = _folder(out)
     _check_batch_size(batch_size)
     files = find_images(images, without=out)
     model = U2Seg.from_pretrained(weights, config=config, device=device, score=score)
     with _nothing_left(out):
-        names = _claim(out, model, files)
-        stamp = lambda f: _stamp('/', dict(file_name=f))
-        known = [dict(id=i, name=n, file=f, stamp=stamp(f)) for i, (f, n) in enumerate(names.items(), 1)]
+        with _alone(out): _claim(out, _own(model), files)
         now = {*files}
-        items = [item for item in known if item['file'] in now]
+        items = [item for item in _known(out) if item['file'] in now]
         _predict_items(model, out, items, batch_size)
         entries = _all_entries(out, items)
         records = [e['record'] for e in entries if 'record' in e]
         if not records: raise ValueError(f"none of {len(items)} could be read; the first: {entries[0]['skipped']}")
-    if _worker()[0] == 0: _write_lists(out, model, known, [_entry(out, item) for item in known])
+    if _worker()[0] == 0:
+        with _alone(out): _write_lists(out, model)
     n_instances = sum(len(r['annotations']) for r in records)
     return dict(images=len(records), instances=n_instances, skipped=len(items) - len(records))
