@@ -16,7 +16,7 @@ from scipy.ndimage import gaussian_filter, label
 from u2seg import cli
 from u2seg import export as E
 from u2seg.coco import read_instances
-from u2seg.forms import read_yolo
+from u2seg.forms import link_to, read_yolo
 from u2seg.gallery import _clusters_of
 from u2seg.images import read_json, write_json, write_png
 from u2seg.masks import encode_rle, instances_json, read_ids, write_ids
@@ -264,6 +264,33 @@ def test_images_stay_where_they_are(tmp_path):
     assert {p: (p.stat().st_ino, p.stat().st_mtime_ns) for p in before} == before
     with pytest.raises(ValueError, match='cvat names the images by path'):
         E.export(path, tmp_path / 'x', 'cvat', images=tmp_path / 'images', link=True)
+
+
+def test_images_that_are_not_there_get_no_link(tmp_path):
+    path = write_source(tmp_path, SOURCES['usual']())
+    with pytest.raises(ValueError, match='images are not there, such as .*elsewhere.*; --images names their folder'):
+        E.export(path, tmp_path / 'none', 'yolo', images=tmp_path / 'elsewhere', link=True)
+    first, *others = sorted((tmp_path / 'images').rglob('*.png'))
+    first.unlink()
+    with pytest.warns(UserWarning, match=f'1 of {len(others) + 1} images are not there, such as .*{first.name}'):
+        E.export(path, tmp_path / 'some', 'yolo', images=tmp_path / 'images', link=True)
+    links = [p for p in (tmp_path / 'some' / 'images').rglob('*') if p.is_symlink()]
+    assert {p.resolve() for p in links} == {p.resolve() for p in others}
+
+
+def test_a_copy_of_an_image_is_not_replaced_by_a_link(tmp_path):
+    (tmp_path / 'copy.png').write_bytes(b'mine')
+    link_to(str(tmp_path / 'original.png'), tmp_path / 'copy.png')
+    assert not (tmp_path / 'copy.png').is_symlink() and (tmp_path / 'copy.png').read_bytes() == b'mine'
+
+
+def test_a_name_that_no_format_can_hold_is_named(tmp_path):
+    path = write_source(tmp_path, SOURCES['usual']())
+    coco = read_json(path)
+    coco['images'][0]['file_name'] = 'gr\udcfcn.png'
+    write_json(path, coco)
+    with pytest.raises(ValueError, match=r'gr.udcfcn.png.: its name is not UTF-8; rename it'):
+        E.export(path, tmp_path / 'x', 'coco', images=tmp_path / 'images')
 
 
 def test_only_what_is_above_the_score(tmp_path):

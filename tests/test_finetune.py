@@ -1,5 +1,7 @@
 "Fine-tuning: labels in every form, what is refused; and which images to label."
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -71,6 +73,37 @@ def test_labels_in_every_form_are_the_same(data):
         assert summary(truth) == whole, fmt
 
 
+def test_a_yolo_folder_of_somebody_else(data, tmp_path, monkeypatch):
+    export(data / 'labels.json', tmp_path / 'yolo', 'yolo', val=0, link=True)
+    monkeypatch.chdir(tmp_path / 'yolo')
+    page = Path('data.yaml').read_text()
+    relative = ''.join(line for line in page.splitlines(keepends=True) if not line.startswith('path:'))
+    Path('data.yaml').write_text(relative)  # the labels are found from the folder itself, too
+    first = sorted(p for p in Path('labels').rglob('*.txt') if p.stat().st_size)[0]
+    first.write_bytes(b'\xef\xbb\xbf' + first.read_bytes() + b'\n\r\n')
+    whole = summary(F.read_labels(data / 'labels.json')[0])
+    assert len(summary(F.read_labels('data.yaml', data)[0])[1]) == len(whole[1]) == 8
+    link = next(p for p in Path('images').rglob('*') if p.stem == first.stem)
+    link.unlink()
+    link.write_bytes(b'no image')
+    with pytest.warns(UserWarning, match=f'data.yaml: 1 of 9 images left out; .*{link.name}: not a readable image'):
+        assert len(F.read_labels('data.yaml', data)[0].images) == 7
+    for text, fault in (
+        (relative.replace('images/train', '3'), '3: no such folder or list of images'),
+        ('train: 3\nnames: [a]', 'a split is a folder or a list of images, or several, got 3'),
+        ('train: images/train\nnames: {1: a}', 'names are a list, or numbered from 0'),
+        ('path: 3\ntrain: images/train\nnames: [a]', '3/images/train: no such folder'),
+    ):
+        Path('data.yaml').write_text(text)
+        with pytest.raises(ValueError, match=fault):
+            F.read_labels('data.yaml')
+    Path('data.yaml').write_text(relative)
+    first.write_text('0 30 30 20 20\n')
+    write_png(link, np.zeros((30, 40, 3), np.uint8))
+    with pytest.raises(ValueError, match=f'{first.name}, line 1: coordinates must be fractions'):
+        F.read_labels('data.yaml')
+
+
 def test_too_few_labels_and_absent_maps_are_refused(data):
     few = read_json(data / 'labels.json')
     write_json(data / 'few.json', few | dict(annotations=few['annotations'][:4]))
@@ -92,3 +125,7 @@ def test_what_is_labelled_is_not_suggested():
     assert suggest(coco, None, labelled=first) == suggest(coco, 4, labelled=first), 'all that are left'
     with pytest.raises(ValueError, match=r'1 ... 4'):
         suggest(coco, 5, labelled=first)
+    with pytest.raises(
+        ValueError, match='not one of the 1 labelled images, such as sub/1.jpg, is among the predictions'
+    ):
+        suggest(coco, 2, labelled=['sub/1.jpg'])

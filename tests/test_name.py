@@ -243,6 +243,19 @@ def test_a_table_says_what_the_page_says(tmp_path, delimiter):
     assert read_csv(tmp_path / 'names.csv', Names(7, 1)) == names
 
 
+def test_a_table_of_other_columns_takes_no_name_away(tmp_path):
+    names, path = Names(7, 1, {'1': 'duck'}), tmp_path / 'names.csv'
+    for text in ('cluster,Name\n1,car\n', '', '1;duck\n'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match='names.csv: the first row names the columns; .* is not one of them'):
+            read_csv(path, names)
+    path.write_text('cluster,name\n1,duck\n1,duck\n,,\n2,car\n')
+    assert read_csv(path, names).names == {'1': 'duck', '2': 'car'}
+    path.write_text('cluster,name\n1,duck\n2,car\n1,\n')
+    with pytest.raises(ValueError, match='row 4: cluster 1 is in row 2 already'):
+        read_csv(path, names)
+
+
 def test_the_table_and_its_sheets(tmp_path):
     gallery = make_gallery(tmp_path, 20, 1)
     journal = resume(tmp_path, gallery)

@@ -138,6 +138,8 @@ def test_a_model_and_the_folder_that_it_writes_have_the_same_scores(drawn, tmp_p
     ours, _ = evaluated(drawn / 'scenes' / 'val', tmp_path, weights=model, device='cpu')
     theirs, _ = evaluated(drawn / 'scenes', tmp_path, predictions=tmp_path / 'segmented', clusters=True)
     assert set(ours) == set(theirs) == {'vote', 'hungarian'}
+    evaluate_files(drawn / 'scenes' / 'val', weights=model, device='cpu', out=tmp_path / 'segmented')
+    assert (tmp_path / 'segmented' / '.work' / 'images.json').is_file()  # what predict needs to go on
     masks = [k for k in ours['vote'] if k.startswith('agnostic_mask')]
     assert len(masks) == 4 and ours['vote']['agnostic_mask_AR100'] > 0
     for k in masks:  # boxes of a folder are those of the masks, so boxes and votes differ a little
@@ -174,5 +176,8 @@ def test_what_cannot_be_scored_is_said_in_a_sentence(drawn, tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             evaluate_files(panoptic, out=tmp_path / 'evaluated', **options)
+    for options, message in [(dict(n_images=0), 'n_images must be 1'), (dict(batch_size=0), 'batch_size must be')]:
+        with pytest.raises(ValueError, match=message):
+            evaluate_files(panoptic, weights='x', out=tmp_path / 'evaluated', **options)
     with pytest.raises(ValueError, match='no ground truth; it is looked for in'):
         evaluate_files(tmp_path, predictions=panoptic)

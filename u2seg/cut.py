@@ -21,6 +21,7 @@ from .maskcut import check_options, label_image, label_images, overlay_annotatio
 from .masks import by_image, instances_json
 from .predict import as_image, check_device
 from .weights import SUFFIXES, read_weights
+from .zoo import WEIGHTS
 
 # %% ../nbs/66_cut.ipynb #vit_of
 _NAMES = re.compile(r'(cls_token|pos_embed|patch_embed\.proj\.\w+|blocks\.\d+\.[\w.]+|norm\.\w+)$')
@@ -45,14 +46,18 @@ def load_backbone(backbone:str|Path, # timm's name; a file of DINO; or a file th
     except ValueError as e: raise ValueError(str(e) if str(backbone) in str(e) else f'{backbone}: {e}') from None
     return ViTFeatures(vit, backbone, interpolation='dino')
 
+# %% ../nbs/66_cut.ipynb #downloaded
 def _downloaded(name): # by timm
+    if WEIGHTS.get(name, {}).get('what', '').startswith('DINO ViT'):
+        raise ValueError(f'{name}: u2seg download {name} fetches it, for --backbone weights/{WEIGHTS[name]["file"]}')
     if not timm.is_model(name): raise ValueError(f'{name}: neither a file of weights nor a model of timm')
     own = family(name)
     interpolation = 'dino' if own and own.name == 'DINO' else 'timm'       # of positions, as the family's code does it
     try: return ViTFeatures(name, 'timm', interpolation=interpolation)
     except OSError as e:
         way_out = 'a file will do: u2seg download dino-vits8, --backbone weights/dino_deitsmall8_300ep_pretrain.pth'
-        raise ValueError(f'{name}: timm cannot download it; {way_out} ({str(e).splitlines()[0][:150]})') from None
+        why = re.split(r'(?<=[.]) |$', str(e), maxsplit=1, flags=re.M)[0]       # its first sentence
+        raise ValueError(f'{name}: timm cannot download it; {way_out} ({why})') from None
 
 # %% ../nbs/66_cut.ipynb #cut_options
 _DINO = 'vit_small_patch8_224.dino'   # 22 million weights

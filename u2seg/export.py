@@ -9,6 +9,7 @@ __all__ = ['FORMATS', 'PLACES', 'export']
 import hashlib
 import json
 import os
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -171,11 +172,30 @@ FORMATS = {'coco': (_coco_one, _coco_all), 'coco-panoptic': (_panoptic_one, _pan
 
 PLACES = dict(yolo='images/{split}', voc='JPEGImages')               # of the images beside the labels
 
+def _check_images(images, link):
+    for im in images:
+        try: im['path'].encode()
+        except UnicodeEncodeError:
+            way_out = 'rename it, and predict into a new folder'
+            raise ValueError(f"{im['path']!a}: its name is not UTF-8; {way_out}") from None
+    gone = [im['path'] for im in images if link and not os.path.isfile(im['path'])]
+    if not gone: return
+    first = f'{len(gone)} of {len(images)} images are not there, such as {gone[0]}'
+    if len(gone) == len(images): raise ValueError(f'{first}; --images names their folder')
+    warnings.warn(f'{first}; these get no link')
+
 def _link(job, fmt, im):
+    if not os.path.isfile(im['path']): return
     folder = job.out/PLACES[fmt].format(split=im['split'])
     link_to(im['path'], folder/(im['name'] + os.path.splitext(im['file_name'])[1]))
 
 # %% ../nbs/67_export.ipynb #claim
+def _check_options(fmt, score, loss, link):
+    if fmt not in FORMATS: raise ValueError(f'format must be one of {", ".join(FORMATS)}, got {fmt!r}')
+    if not 0 <= loss < 1: raise ValueError(f'loss must lie in [0, 1), got {loss}')
+    if not 0 <= score <= 1: raise ValueError(f'score must lie in [0, 1], got {score}')
+    if link and fmt not in PLACES: raise ValueError(f'{fmt} names the images by path and takes no links')
+
 def _claim(out, key):
     note = out/'.work'/'export.json'
     old = read_json(note) if note.is_file() else key
@@ -196,10 +216,9 @@ def export(source:str|Path,    # see `read_predictions`
            link:bool=False,    # links to the images, where the format has a place for them
            )->dict:            # counts: images, objects
     "Write predictions in the form of a tool; called again after a kill, it goes on."
-    if fmt not in FORMATS: raise ValueError(f'format must be one of {", ".join(FORMATS)}, got {fmt!r}')
-    if not 0 <= loss < 1: raise ValueError(f'loss must lie in [0, 1), got {loss}')
-    if link and fmt not in PLACES: raise ValueError(f'{fmt} names the images by path and takes no links')
+    _check_options(fmt, score, loss, link)
     p, out = read_predictions(source, images), Path(out)
+    _check_images(p.images, link)
     splits = split_of([im['file_name'] for im in p.images], val)
     items = [dict(im, split=s, number=i) for i, (im, s) in enumerate(zip(p.images, splits))]
     files = [f for f in (p.source, p.source.with_name('panoptic.json')) if f.is_file()]
@@ -212,6 +231,5 @@ def export(source:str|Path,    # see `read_predictions`
     records, _ = sharded(items, lambda im: im, partial(map, partial(one, job)), out/'.work', key=key, shard_size=64,
                          desc='exporting')
     all_(job, [*zip(items, records)])
-    if link:
-        for im in items: _link(job, fmt, im)
+    for im in items if link else []: _link(job, fmt, im)
     return dict(images=len(items), objects=sum(r['n'] for r in records))

@@ -243,12 +243,12 @@ def finetune(labels:str|Path,           # see `read_labels`
     config = read_config(file.with_name('model.yaml'))
     train, val, root = _halves(labels, images, fraction)
     n, folder = len(train.images), out/'.work'/file_hash(labels)[:16]
+    p = plan(n, config['width'], n_iters=n_iters, lr=lr)
     before = {} if random else _before(file, config, root, train, val, device, folder)
     run = partial(_run, val=val, root=root, config=config, file=None if random else file, folder=folder, seed=seed,
                   device=device)
     smaller = [_smallest(train, k) for k in sorted({k for k in sizes if 0 < k < n})]
     tried = [run(part, plan(len(part.images), config['width'], lr=lr))[1] for part in smaller]
-    p = plan(n, config['width'], n_iters=n_iters, lr=lr)
     model, rounds = run(train, p)
     sizes = [*(len(part.images) for part in smaller), n]
     curve = [dict(n_train=k, **_best(r)) for k, r in zip(sizes, [*tried, rounds])]

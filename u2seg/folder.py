@@ -96,10 +96,12 @@ def _claim(out, own, files): # own: {weights: digest, settings, names}
 
 def _note(out): return out/'.work'/'images.json'
 
-def _own(model):
+def _digest(model):
     h = hashlib.sha256()
-    for v in model.model.state_dict().values(): h.update(v.detach().cpu().contiguous().numpy().tobytes())
-    return dict(weights=h.hexdigest(), settings=model.model.config, names=as_yaml(model.naming))
+    for v in model.state_dict().values(): h.update(v.detach().cpu().contiguous().numpy().tobytes())
+    return h.hexdigest()
+
+def _own(model): return dict(weights=_digest(model.model), settings=model.model.config, names=as_yaml(model.naming))
 
 # %% ../nbs/63_folder.ipynb #alone
 @contextmanager

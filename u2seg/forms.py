@@ -11,6 +11,7 @@ import csv
 import hashlib
 import io
 import os
+import warnings
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
@@ -33,8 +34,10 @@ def yolo_line(rle:dict,  # mask, not empty
 
 # %% ../nbs/28_forms.ipynb #yolo_parts
 def _yolo_files(root, entry): # images of a split: a folder, a list of paths, or several of these
-    out = []
-    for x in [entry] if isinstance(entry, str) else entry or []:
+    out, entries = [], [entry] if isinstance(entry, str) else entry or []
+    if not isinstance(entries, list) or not all(isinstance(x, str) for x in entries):
+        raise ValueError(f'a split is a folder or a list of images, or several, got {entry!r}')
+    for x in entries:
         path = root/x
         if path.is_dir() and not any(path.iterdir()): continue
         if path.is_dir(): out += [path/im['file_name'] for im in list_images(path, ['.'])]
@@ -46,11 +49,41 @@ def _yolo_line(line, size, n_classes): # class, ring
     values = [float(v) for v in line.split()]
     index, corners = int(values[0]), np.array(values[1:])
     if not 0 <= index < n_classes: raise ValueError(f'class {index} is not one of {n_classes}')
+    if not (np.abs(corners - .5) < 1).all(): raise ValueError('coordinates must be fractions of width and height')
     if len(corners) == 4:
         (x, y), (w, h) = corners[:2], corners[2:]/2
         corners = np.array([x - w, y - h, x + w, y - h, x + w, y + h, x - w, y + h])
     if len(corners) < 6 or len(corners) % 2: raise ValueError(f'{len(corners)} coordinates')
     return index, (corners.reshape(-1, 2)*size).round(3).ravel().tolist()
+
+# %% ../nbs/28_forms.ipynb #sized
+def _upright_size(file)->tuple[int, int]: # width, height
+    with Image.open(file) as im:
+        try: turned = im.format != 'TIFF' and im.getexif().get(0x0112) in (5, 6, 7, 8) # Pillow turns a TIFF itself
+        except Exception: turned = False
+        return im.size[::-1] if turned else im.size
+
+def _sized(files, path)->list[dict]: # images of COCO; a warning names those that cannot be read
+    images, bad = [], []
+    for f in files:
+        try: width, height = _upright_size(f)
+        except Exception as e: bad.append(f'{f}: not a readable image ({type(e).__name__})')
+        else: images.append(dict(id=len(images) + 1, file_name=os.path.abspath(f), width=width, height=height))
+    if bad and not images: raise ValueError(f'{path}: not one of {len(bad)} images can be read; {bad[0]}')
+    if bad: warnings.warn(f'{path}: {len(bad)} of {len(files)} images left out; {bad[0]}')
+    return images
+
+def _yolo_labels(im, n_classes)->list[tuple]: # class, ring
+    before, _, after = im['file_name'].rpartition('/images/')
+    text, out = Path(f'{before}/labels/{after}' if before else im['file_name']).with_suffix('.txt'), []
+    if not text.is_file(): return out
+    try: lines = text.read_text('utf-8-sig').splitlines()
+    except UnicodeDecodeError: raise ValueError(f'{text}: not a text file') from None
+    for n, line in enumerate(lines, 1):
+        if not line.strip(): continue
+        try: out.append(_yolo_line(line, (im['width'], im['height']), n_classes))
+        except ValueError as e: raise ValueError(f'{text}, line {n}: {e}') from None
+    return out
 
 # %% ../nbs/28_forms.ipynb #read_yolo
 def read_yolo(path:str|Path # data.yaml
@@ -61,22 +94,19 @@ def read_yolo(path:str|Path # data.yaml
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
         raise ValueError(f'{path}: cannot be read: {e}') from None
     if not isinstance(content, dict) or not content.get('names'): raise ValueError(f'{path}: has no names of classes')
-    names = content['names']
-    names = [*names.values()] if isinstance(names, dict) else names
-    root = path.parent/content.get('path', '.')
-    images, annotations = [], []
-    files = [f for split in ('train', 'val') for f in _yolo_files(root, content.get(split))]
-    for i, f in enumerate(files, 1):
-        with Image.open(f) as im: size = im.size
-        images.append(dict(id=i, file_name=os.path.abspath(f), width=size[0], height=size[1]))
-        before, _, after = str(f).rpartition('/images/')
-        text = Path(f'{before}/labels/{after}' if before else f).with_suffix('.txt')
-        for n, line in enumerate(text.read_text().splitlines() if text.is_file() else [], 1):
-            try: index, ring = _yolo_line(line, size, len(names))
-            except ValueError as e: raise ValueError(f'{text}, line {n}: {e}') from None
-            annotations.append(dict(id=len(annotations) + 1, image_id=i, category_id=index + 1, segmentation=[ring]))
-    return dict(images=images, annotations=annotations,
-                categories=[dict(id=i, name=str(n)) for i, n in enumerate(names, 1)])
+    names, root = content['names'], Path(os.path.abspath(path.parent/str(content.get('path') or '.')))
+    if isinstance(names, list): names = dict(enumerate(names))
+    if not isinstance(names, dict) or {*names} != {*range(len(names))}:
+        raise ValueError(f'{path}: names are a list, or numbered from 0')
+    try: files = [f for split in ('train', 'val') for f in _yolo_files(root, content.get(split))]
+    except ValueError as e: raise ValueError(f'{path}: {e}') from None
+    images, annotations = _sized(files, path), []
+    for im in images:
+        for index, ring in _yolo_labels(im, len(names)):
+            annotations.append(dict(id=len(annotations) + 1, image_id=im['id'], category_id=index + 1,
+                                    segmentation=[ring]))
+    categories = [dict(id=i + 1, name=str(names[i])) for i in range(len(names))]
+    return dict(images=images, annotations=annotations, categories=categories)
 
 # %% ../nbs/28_forms.ipynb #palette
 def _colours()->np.ndarray: # uint8 [256, 3]
@@ -212,7 +242,8 @@ def flat_names(files:list[str])->list[str]:
 
 def link_to(target:str, # absolute
             path:Path):
-    "A link at `path`; one that is there is replaced."
+    "A link at `path`; another link that is there is replaced, a file is not."
+    if path.is_file() and not path.is_symlink(): return             # the user's own copy
     if path.is_symlink() and os.readlink(path) == target: return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = part_of(path)

@@ -209,6 +209,18 @@ def _matches(labels, instances, new, coco)->np.ndarray: # [new labels, labels]
         np.add.at(votes, (cluster[new_rows], label[old_rows]), 1)
     return votes
 
+# %% ../nbs/58_journal.ipynb #csv_rows
+def _rows(path)->list[tuple[int, dict]]: # number, row
+    try:
+        text = Path(path).read_text('utf-8-sig')
+        table = csv.DictReader(io.StringIO(text), delimiter=max(',;\t', key=text.split('\n')[0].count))
+        rows = [(table.line_num, row) for row in table]
+    except UnicodeDecodeError: raise ValueError(f'{path}: not UTF-8; spreadsheets call it "CSV UTF-8"') from None
+    except (OSError, csv.Error) as e: raise ValueError(f'{path}: not a CSV file ({e})') from None
+    missing = [k for k in ('cluster', 'name') if k not in (table.fieldnames or [])]
+    if missing: raise ValueError(f'{path}: the first row names the columns; {missing[0]!r} is not one of them')
+    return rows
+
 # %% ../nbs/58_journal.ipynb #csv
 COLUMNS = 'cluster', 'kind', 'size', 'name', 'discard', 'examples'
 
@@ -225,15 +237,15 @@ def write_csv(path:str|Path, names:Names, sizes:dict[str, int], examples:dict[st
 
 def read_csv(path:str|Path, names:Names)->Names:
     "The names with what the table says; clusters that it leaves out stay. `ValueError` names the row."
-    try:
-        text = Path(path).read_text('utf-8-sig')
-        rows = list(csv.DictReader(io.StringIO(text), delimiter=max(',;\t', key=text.split('\n')[0].count)))
-    except (OSError, UnicodeDecodeError, csv.Error) as e: raise ValueError(f'{path}: not a CSV file ({e})') from None
-    for i, row in enumerate(rows, 2):
+    rows_of = {}
+    for i, row in _rows(path):
+        label, name, discard = ((row.get(k) or '').strip() for k in ('cluster', 'name', 'discard'))
+        if not label and not name: continue                       # spreadsheets leave empty rows
         try:
-            label = (row.get('cluster') or '').strip()
-            name = (row.get('name') or '').strip() or None
-            names = act(names, dict(do='name', labels=[label], name=name))
-            if (row.get('discard') or '').strip(): names = act(names, dict(do='discard', labels=[label]))
+            if discard.lower() not in ('', 'x'): raise ValueError(f'discard is {discard!r}, not x or empty')
+            other, said = rows_of.setdefault(label, (i, (name, discard)))
+            if said != (name, discard): raise ValueError(f'cluster {label} is in row {other} already')
+            names = act(names, dict(do='name', labels=[label], name=name or None))
+            if discard: names = act(names, dict(do='discard', labels=[label]))
         except ValueError as e: raise ValueError(f'{path}: row {i}: {e}') from None
     return names

@@ -181,7 +181,7 @@ def name_csv(path:str|Path, gallery:Gallery, journal:Journal,
              )->dict[str, int]: # named, discarded, clusters
     "Read a table of names, if there is one, and write what is named by now."
     path, names = Path(path), journal.names
-    if path.is_file():
+    if path.exists():
         told = read_csv(path, names)
         if as_yaml(told) != as_yaml(names): journal.do(dict(do='set', names=as_yaml(told)))
     names = journal.names

@@ -20,13 +20,13 @@ from .evaluate import (
     _confusion, _iou_types, _panoptic_scores, _scored_instances, Mapping, count_votes, label_counts, name_clusters,
     score, score_agnostic)
 from .fields import image_key
-from .folder import _digest
+from .folder import _digest, _folder
 from .images import read_json, write_json
 from .masks import mask_to_box, read_ids
 from .matching import map_instances
 from .metrics import class_ap, remap, semantic_scores
 from .paper import WEIGHTS, paper_column
-from .predict import U2Seg
+from .predict import _check_batch_size, U2Seg
 from .results import COLUMNS
 from .segments import read_panoptic
 from .semantic import read_semantic
@@ -274,12 +274,15 @@ def evaluate_files(data:str|Path,                      # as of `find_truths`
     "Score predictions or a model; `ValueError` says in a sentence what is missing."
     if (predictions is None) == (weights is None):
         raise ValueError('name what is to be scored: predictions (a folder or file), or --weights, one of them')
-    out, texts, written = Path(out), [], {}
+    if n_images is not None and n_images < 1: raise ValueError(f'n_images must be 1 or more, got {n_images}')
+    _check_batch_size(batch_size)
+    out, texts, written = _folder(out), [], {}
+    work = out/'.work'/'scores'                                    # of `out` the rest may be of another command
     truths = _truths_as_scored(data, weights, classes, n_images)
     model = U2Seg.from_pretrained(weights, device=device) if weights else None
     for root, truth in truths:
         if model: truth = sound(truth, root)
-        found = (model_outputs(model, root, truth, folder=out/'.work', batch_size=batch_size) if model
+        found = (model_outputs(model, root, truth, folder=work, batch_size=batch_size) if model
                  else read_predictions(predictions, truth, clusters=clusters))
         scores, of_class = score_all(found, truth)
         paper = paper_column(weights) if weights and is_coco(truth) else {}
@@ -287,5 +290,5 @@ def evaluate_files(data:str|Path,                      # as of `find_truths`
         named = {way: {truth.names[c]: s for c, s in each.items()} for way, each in of_class.items()}
         written[truth.split] = dict(n_images=len(truth.images), scores=scores, classes=named, paper=paper)
     write_json(out/'scores.json', written, indent=1)
-    shutil.rmtree(out/'.work', ignore_errors=True)
+    shutil.rmtree(work, ignore_errors=True)
     return '\n\n'.join([*texts, f'{out}/scores.json'])

@@ -47,6 +47,8 @@ def suggest(instances:str|Path|dict, # COCO instances with scores
     "The images to label first; `ValueError` if `n` are not left."
     a, images = evidence(instances)
     names, done = [im['file_name'] for im in images], {*labelled}
+    if done and done.isdisjoint(names):
+        raise ValueError(f'not one of the {len(done)} labelled images, such as {min(done)}, is among the predictions')
     free = np.array([name not in done for name in names], bool)
     if n is None: n = min(20, int(free.sum()))
     if not 1 <= n <= free.sum():
