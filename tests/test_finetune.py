@@ -89,7 +89,7 @@ def test_a_yolo_folder_of_somebody_else(data, tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match=f'data.yaml: 1 of 9 images left out; .*{link.name}: not a readable image'):
         assert len(F.read_labels('data.yaml', data)[0].images) == 7
     for text, fault in (
-        (relative.replace('images/train', '3'), '3: no such folder or list of images'),
+        (relative.replace('images/train', 'none'), 'none: no such folder or list of images'),
         ('train: 3\nnames: [a]', 'a split is a folder or a list of images, or several, got 3'),
         ('train: images/train\nnames: {1: a}', 'names are a list, or numbered from 0'),
         ('path: 3\ntrain: images/train\nnames: [a]', '3/images/train: no such folder'),
