@@ -557,7 +557,7 @@ def test_command_line(weights, tmp_path, capsys, monkeypatch):
 
 def test_importing_prediction_imports_nothing_slow():
     slow = {'torchvision', 'torch._dynamo', 'sympy', 'matplotlib', 'scipy.ndimage', 'timm', 'nbformat'}
-    code = f'import sys, u2seg.folder, u2seg.cli; print({slow} & set(sys.modules))'
+    code = f'import sys, u2seg.folder, u2seg.cli, u2seg.zoo; print({slow} & set(sys.modules))'
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.stdout == 'set()\n', done.stderr
 

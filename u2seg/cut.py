@@ -9,6 +9,7 @@ __all__ = ['vit_of', 'load_backbone', 'cut_options', 'cut_image', 'cut_folder']
 import math
 import os
 import re
+from importlib import import_module
 from pathlib import Path
 
 import timm
@@ -21,7 +22,6 @@ from .maskcut import check_options, label_image, label_images, overlay_annotatio
 from .masks import by_image, instances_json
 from .predict import as_image, check_device
 from .weights import SUFFIXES, read_weights
-from .zoo import WEIGHTS
 
 # %% ../nbs/66_cut.ipynb #vit_of
 _NAMES = re.compile(r'(cls_token|pos_embed|patch_embed\.proj\.\w+|blocks\.\d+\.[\w.]+|norm\.\w+)$')
@@ -48,8 +48,9 @@ def load_backbone(backbone:str|Path, # timm's name; a file of DINO; or a file th
 
 # %% ../nbs/66_cut.ipynb #downloaded
 def _downloaded(name): # by timm
-    if WEIGHTS.get(name, {}).get('what', '').startswith('DINO ViT'):
-        raise ValueError(f'{name}: u2seg download {name} fetches it, for --backbone weights/{WEIGHTS[name]["file"]}')
+    known = import_module('u2seg.zoo').WEIGHTS.get(name, dict(what=''))
+    if known['what'].startswith('DINO ViT'):
+        raise ValueError(f'{name}: u2seg download {name} fetches it, for --backbone weights/{known["file"]}')
     if not timm.is_model(name): raise ValueError(f'{name}: neither a file of weights nor a model of timm')
     own = family(name)
     interpolation = 'dino' if own and own.name == 'DINO' else 'timm'       # of positions, as the family's code does it

@@ -19,7 +19,6 @@ import yaml
 from PIL import Image
 
 from .classes import COCO_THINGS
-from .convert import convert_checkpoint
 from .download import SOURCES, HELP, cache_folder, check_note, digest, fetch, fetch_drive
 from .images import write_atomic
 from .names import NAMES, Names, write_names
@@ -117,6 +116,7 @@ def fetch_weights(name:str, folder:str|Path='weights')->Path: # the file
 # %% ../nbs/98_zoo.ipynb #convert
 def _convert(name, folder):
     "The model folder of published weights."
+    from u2seg.convert import convert_checkpoint                   # slow to import
     w, cache = WEIGHTS[name], cache_folder()
     cache.mkdir(parents=True, exist_ok=True)
     file = cache/w['file']
