@@ -365,7 +365,7 @@ def test_torch_and_torchvision_of_different_builds_end_in_a_sentence(tmp_path):
     (tmp_path / 'torchvision' / '__init__.py').write_text(fault)
     (tmp_path / 'photo.png').touch()
     run = subprocess.run(
-        [sys.executable, '-m', 'u2seg.cli', 'predict', 'photo.png'],
+        [sys.executable, '-m', 'u2seg.cli', 'maskcut', 'photo.png'],
         cwd=tmp_path,
         env=os.environ | dict(PYTHONPATH=os.pathsep.join([str(tmp_path), str(root)])),
         text=True,
