@@ -139,6 +139,7 @@ async function show(label, same) {
   for (const l of [before, now]) draw(l);
   if (before != now) rows.get(now)?.scrollIntoView({block: "nearest"});
   if (!same || !dirty) { $("name").value = c.name; dirty = false; seen = version; }
+  if (!dirty && document.activeElement == $("name")) $("name").select();           // what is typed next replaces it
   $("title").textContent = "Cluster " + label + " \\u00b7 " + c.kind + " \\u00b7 " + c.size + " instances"
     + (c.gone ? " \\u00b7 discarded" : "");
   $("gone").textContent = c.gone ? "bring back" : "discard";
@@ -203,7 +204,7 @@ const like = i => { const c = all.get($("near").labels?.[i]);
   if (!c) return $("near").labels ?? says("The neighbours are still coming.", true);
   c.name ? act({do: "name", labels: [now], name: c.name}) : act({do: "name", labels: [c.label, now], name: null}); };
 const keys = {j: () => step(1), k: () => step(-1), ArrowDown: () => step(1), ArrowUp: () => step(-1), n: next, x: gone,
-  Enter: () => $("name").focus(), " ": mark, m: merge, s: () => act({do: "split", label: now}),
+  Enter: () => { $("name").focus(); $("name").select(); }, " ": mark, m: merge, s: () => act({do: "split", label: now}),
   u: () => act({do: "undo"}), "/": () => $("search").focus(), "?": () => $("keys").showModal()};
 document.addEventListener("keydown", e => {
   if (e.key == "Escape") { document.activeElement.blur(); return; }
