@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from development import development_set
 from machine import heading, publish
-from pycocotools import mask as coco_mask
 from rounds import scores
 
 from u2seg import train
@@ -28,7 +27,7 @@ from u2seg.batches import Batches, PseudoLabels
 from u2seg.features import ViTFeatures
 from u2seg.images import read_json
 from u2seg.maskcut import label_images
-from u2seg.masks import by_image
+from u2seg.masks import by_image, mask_iou
 from u2seg.model import build_model
 from u2seg.solver import Solver
 from u2seg.stage import load_params, stage_params
@@ -38,19 +37,10 @@ MORE = [0.5, 0.6, 0.8, 0.9]
 FIFTHS = 5
 
 
-def codes(annotations):
-    "Run-length codes as pycocotools wants them."
-    return [dict(a['segmentation'], counts=a['segmentation']['counts'].encode()) for a in annotations]
-
-
 def best_iou(coco, truth):
     "For each annotation, in order, its largest IoU with an object."
-    objects, best = by_image(truth.instances), []
-    for i, own in by_image(coco).items():
-        there = objects[i]
-        iou = coco_mask.iou(codes(own), codes(there), [0] * len(there)) if own and there else np.zeros((len(own), 1))
-        best += iou.max(1).tolist()
-    return np.array(best)
+    objects = by_image(truth.instances)
+    return np.concatenate([mask_iou(own, objects[i]).max(1, initial=0) for i, own in by_image(coco).items()])
 
 
 def fifths(value, right):

@@ -361,10 +361,10 @@ def test_a_call_within_a_call_loses_nothing(weights, tmp_path, monkeypatch):
 _CLAIMS = '''
 import sys
 from pathlib import Path
-from u2seg import folder
+from u2seg.result_folder import alone, claim
 for i in range(int(sys.argv[2]), 60, 2):
-    with folder._alone(Path(sys.argv[1])):
-        folder._claim(Path(sys.argv[1]), dict(weights='', settings={}, names={}), [f'/in/{i}/a.png'])
+    with alone(Path(sys.argv[1])):
+        claim(Path(sys.argv[1]), dict(weights='', settings={}, names={}), [f'/in/{i}/a.png'])
 '''
 
 

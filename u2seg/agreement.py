@@ -8,33 +8,27 @@ __all__ = ['WEIGHTS', 'agreements', 'other_thresholds', 'check_weight', 'weighed
 # %% ../nbs/25_agreement.ipynb #imports
 import numpy as np
 import torch
-from pycocotools import mask as coco_mask
 from torch import Tensor
 
-from .masks import by_image
+from .masks import by_image, mask_iou
 
-# %% ../nbs/25_agreement.ipynb #with_agreement
-WEIGHTS = 'none', 'score', 'agreement'
-
-def _codes(annotations):
-    return [dict(a['segmentation'], counts=a['segmentation']['counts'].encode()) for a in annotations]
-
+# %% ../nbs/25_agreement.ipynb #agreements
 def agreements(coco:dict,         # COCO instances, run-length codes
                others:list[dict], # the same images, cut at other thresholds; at least one
                )->dict[int, list[float]]: # image id -> of each of its annotations, in [0, 1]
     "Mean over `others` of the largest IoU that a mask has there; 0 where there is none (after CutS3D)."
-    there, out = [by_image(o) for o in others], {}
-    for i, own in by_image(coco).items():
-        best = [coco_mask.iou(_codes(own), _codes(t[i]), [0]*len(t[i])).max(1) if own and t[i] else np.zeros(len(own))
-                for t in there]
-        out[i] = np.mean(best, 0).tolist()
-    return out
+    there = [by_image(o) for o in others]
+    best = lambda own, i: [mask_iou(own, t[i]).max(1, initial=0) for t in there]
+    return {i: np.mean(best(own, i), 0).tolist() for i, own in by_image(coco).items()}
 
-# %% ../nbs/25_agreement.ipynb #check_agreement
+# %% ../nbs/25_agreement.ipynb #other_thresholds
 def other_thresholds(tau:float)->list[float]:
     "The thresholds whose cuts are asked for their agreement."
     step = min(.1, tau/2, (1 - tau)/2)
     return [tau - step, tau + step]
+
+# %% ../nbs/25_agreement.ipynb #weighed
+WEIGHTS = 'none', 'score', 'agreement'
 
 def check_weight(weight:str):
     "`ValueError` for a weight that there is not."

@@ -16,11 +16,12 @@ import timm
 
 from .families import family
 from .features import ViTFeatures, from_file, weights_digest
-from .folder import _alone, _claim, _folder, _known, _nothing_left, _record, _root, find_images
+from .folder import find_images
 from .images import read_image, read_json, write_json, write_png
 from .maskcut import check_options, label_image, label_images, overlay_annotations
 from .masks import by_image, instances_json
 from .predict import as_image, check_device
+from .result_folder import alone, claim, common_folder, known_items, nothing_left, record_file, result_folder
 from .weights import SUFFIXES, read_weights
 
 # %% ../nbs/66_cut.ipynb #vit_of
@@ -89,13 +90,13 @@ def cut_image(image,                         # a path, PIL image, array or tenso
 # %% ../nbs/66_cut.ipynb #write_results
 def _write(out, item, image, annotations):
     write_png(out/'overlay'/item['name'], overlay_annotations(image, annotations))
-    write_json(_record(out, item), dict(height=image.shape[0], width=image.shape[1], annotations=annotations))
+    write_json(record_file(out, item), dict(height=image.shape[0], width=image.shape[1], annotations=annotations))
 
 def _write_lists(out): # of all images that the folder knows
-    known, images, annotations, skipped = _known(out), [], [], []
-    root = _root([item['file'] for item in known])
+    known, images, annotations, skipped = known_items(out), [], [], []
+    root = common_folder([item['file'] for item in known])
     for item in known:
-        try: r = read_json(_record(out, item))
+        try: r = read_json(record_file(out, item))
         except ValueError: continue                                # not finished
         named = dict(id=item['id'], file_name=Path(item['file']).relative_to(root).as_posix())
         if 'skipped' in r: skipped.append(dict(file_name=named['file_name'], reason=r['skipped']))
@@ -112,15 +113,15 @@ def cut_folder(images:str|Path|list,         # files, folders, patterns
                *, size:int|None=None, tau:float|None=None, n_masks:int=3, device:str|None=None, # as in `cut_image`
                )->dict:                      # counts: images, masks, skipped
     "Overlays and COCO instances of many images; `ValueError` if `out` holds results of another backbone or settings."
-    device, out = check_device(device), _folder(out)
+    device, out = check_device(device), result_folder(out)
     files = find_images(images, without=out)
     features = load_backbone(backbone).to(device)
     options = cut_options(backbone, features, size=size, tau=tau, n_masks=n_masks)
-    now, root = {*files}, _root(files)
+    now, root = {*files}, common_folder(files)
     work = dict(root=root, folder=out/'.work', shard_size=1, batch_size=1)
-    with _nothing_left(out):
-        with _alone(out): _claim(out, dict(weights=weights_digest(features), settings=options, names={}), files)
-        items = [item for item in _known(out) if item['file'] in now]
+    with nothing_left(out):
+        with alone(out): claim(out, dict(weights=weights_digest(features), settings=options, names={}), files)
+        items = [item for item in known_items(out) if item['file'] in now]
         items = [dict(item, file_name=os.path.relpath(item['file'], root)) for item in items]
         listed = [dict(id=item['id'], file_name=item['file_name']) for item in items]
         coco, skipped = label_images(listed, features, **work, **options)
@@ -129,7 +130,7 @@ def cut_folder(images:str|Path|list,         # files, folders, patterns
         reasons, of_image = {s['file_name']: s['reason'] for s in skipped}, by_image(coco)
         for item in items:
             reason = reasons.get(item['file_name'])
-            if reason: write_json(_record(out, item), dict(skipped=reason))
+            if reason: write_json(record_file(out, item), dict(skipped=reason))
             else: _write(out, item, read_image(item['file']), of_image[item['id']])
-    with _alone(out): _write_lists(out)
+    with alone(out): _write_lists(out)
     return dict(images=len(coco['images']), masks=len(coco['annotations']), skipped=len(skipped))

@@ -8,33 +8,20 @@ __all__ = ['find_images', 'predict_folder']
 # %% ../nbs/63_folder.ipynb #imports
 import glob
 import hashlib
-import json
 import os
-import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
 
-try: import fcntl
-except ImportError: fcntl = None               # not on Windows: one process at a time
-
 from .images import list_images, read_image, read_json, write_json, write_png
 from .masks import instances_json, write_ids
 from .names import as_yaml
 from .predict import _check_batch_size, U2Seg
-from .shards import _load_ahead, _stamp, _worker
-
-# %% ../nbs/63_folder.ipynb #short_name
-def _short_name(path:str)->str:
-    p = Path(path)
-    if len(os.fsencode(p.name)) <= 250: return path
-    start = os.fsencode(p.stem)[:200].decode(errors='ignore')
-    digest = hashlib.sha256(os.fsencode(p.name)).hexdigest()[:16]
-    return str(p.with_name(f'{start}-{digest}{p.suffix}'))
+from .result_folder import alone, claim, common_folder, known_items, nothing_left, record_file, result_folder
+from .shards import _load_ahead, _worker
 
 # %% ../nbs/63_folder.ipynb #find_images
 def find_images(images:str|Path|list, # files, folders, patterns such as 'photos/*.jpg'
@@ -67,35 +54,7 @@ def _files_of_others(folder): # without those in folders of results
     results = {p for p in parents if p.name and (folder/p/'.work').is_dir()}
     return [str(folder/n) for n in names if results.isdisjoint(Path(n).parents)]
 
-# %% ../nbs/63_folder.ipynb #name_images
-def _root(files)->Path: return Path(os.path.commonpath([os.path.dirname(f) for f in files]))
-
-def _name_images(files:list[str], known:dict[str, str])->dict[str, str]: # path of an image -> file name of its results
-    names, taken, root = dict(known), {*known.values()}, _root(files)
-    for f in files:
-        if f in names: continue
-        path = Path(f).relative_to(root)
-        digest = hashlib.sha256(os.fsencode(f)).hexdigest()[:8]
-        choices = path.with_suffix(''), path, path.with_suffix(f'.{digest}')
-        names[f] = next(n for n in (_short_name(f'{c.as_posix()}.png') for c in choices) if n not in taken)
-        taken.add(names[f])
-    return names
-
 # %% ../nbs/63_folder.ipynb #claim
-def _claim(out, own, files): # own: {weights: digest, settings, names}
-    "Note whose results the folder holds; `ValueError` if it holds those of another model or other settings."
-    note, own = _note(out), json.loads(json.dumps(own))           # as it will be read
-    old = read_json(note) if note.is_file() else dict(own, images={})
-    way_out = 'name another folder, or delete this one'
-    if old['weights'] != own['weights']: raise ValueError(f'{out}: holds the results of another model; {way_out}')
-    for k, v in own['settings'].items():
-        if (was := old['settings'].get(k)) != v:
-            raise ValueError(f'{out}: holds results of {k} {was}, not {v}; {way_out}')
-    if old['names'] != own['names']: raise ValueError(f'{out}: holds results with other names of classes; {way_out}')
-    write_json(note, dict(own, images=_name_images(files, old['images'])))
-
-def _note(out): return out/'.work'/'images.json'
-
 def _digest(model):
     h = hashlib.sha256()
     for v in model.state_dict().values(): h.update(v.detach().cpu().contiguous().numpy().tobytes())
@@ -103,25 +62,9 @@ def _digest(model):
 
 def _own(model): return dict(weights=_digest(model.model), settings=model.model.config, names=as_yaml(model.naming))
 
-# %% ../nbs/63_folder.ipynb #alone
-@contextmanager
-def _alone(out):
-    "Inside, no other process writes the note and the lists of this folder."
-    (out/'.work').mkdir(parents=True, exist_ok=True)
-    with open(out/'.work'/'lock', 'w') as f:
-        if fcntl: fcntl.flock(f, fcntl.LOCK_EX)
-        yield
-
-def _known(out): # items: all images that the folder knows
-    stamp = lambda f: _stamp('/', dict(file_name=f))
-    names = read_json(_note(out))['images']
-    return [dict(id=i, name=n, file=f, stamp=stamp(f)) for i, (f, n) in enumerate(names.items(), 1)]
-
 # %% ../nbs/63_folder.ipynb #write_results
-def _record(out, item): return (out/'.work'/'records'/item['name']).with_suffix('.json')
-
 def _entry(out, item): # what became of an image: its record or why it was skipped; None: not finished
-    try: entry = read_json(_record(out, item))
+    try: entry = read_json(record_file(out, item))
     except ValueError: return None
     there = all((out/folder/item['name']).is_file() for folder in ('overlay', 'panoptic'))
     return entry if there or 'skipped' in entry else None
@@ -133,7 +76,7 @@ def _write(model, out, batch_size, loaded):
         write_ids(out/'panoptic'/item['name'], p.ids)
         write_png(out/'overlay'/item['name'], p.overlay(names=True))
         record = dict(height=image.shape[0], width=image.shape[1], **p.to_coco(item['id']))
-        write_json(_record(out, item), dict(stamp=item['stamp'], record=record))
+        write_json(record_file(out, item), dict(stamp=item['stamp'], record=record))
 
 # %% ../nbs/63_folder.ipynb #read_ahead
 def _read_ahead(files, n_max)->int: # 1 ... n_max
@@ -159,7 +102,7 @@ def _predict_items(model, out, items, batch_size):
     with ThreadPoolExecutor(4) as pool, tqdm(**progress) as bar:
         for batch, loaded in zip(batches, _load_ahead(load, batches, pool)):
             for item, (_, error) in zip(batch, loaded):
-                if error: write_json(_record(out, item), dict(stamp=item['stamp'], skipped=error))
+                if error: write_json(record_file(out, item), dict(stamp=item['stamp'], skipped=error))
             good = [pair for pair, error in loaded if error is None]
             if good: _write(model, out, batch_size, good)
             bar.update(len(batch))
@@ -171,8 +114,8 @@ def _all_entries(out, items): # of every image; under torchrun this waits for th
 
 # %% ../nbs/63_folder.ipynb #write_lists
 def _write_lists(out, model):
-    items, categories = _known(out), model.naming.categories
-    root = _root([item['file'] for item in items])
+    items, categories = known_items(out), model.naming.categories
+    root = common_folder([item['file'] for item in items])
     images, instances, panoptic, skipped = [], [], [], []
     for item in items:
         e = _entry(out, item)
@@ -188,21 +131,6 @@ def _write_lists(out, model):
     write_json(out/'panoptic.json', dict(images=images, categories=categories, annotations=panoptic))
     write_json(out/'skipped.json', skipped)
 
-# %% ../nbs/63_folder.ipynb #nothing_left
-def _folder(out)->Path: # which may not be there yet
-    there = next(p for p in (Path(out), *Path(out).parents) if p.exists())
-    if not there.is_dir(): raise ValueError(f'{there}: is a file, where the folder of the results is to be')
-    return Path(out)
-
-@contextmanager
-def _nothing_left(out):
-    "If not one image gets finished, a folder that was not there before is removed again."
-    is_new = not out.exists()
-    try: yield
-    except BaseException:
-        if is_new and not (out/'overlay').exists(): shutil.rmtree(out, ignore_errors=True)
-        raise
-
 # %% ../nbs/63_folder.ipynb #predict_folder
 def predict_folder(images:str|Path|list, # files, folders, patterns
                    weights:str|Path,     # see `U2Seg.from_pretrained`
@@ -211,19 +139,19 @@ def predict_folder(images:str|Path|list, # files, folders, patterns
                    score:float|None=None, # as in `U2Seg.from_pretrained`
                    )->dict:               # counts: images, instances, skipped
     "Overlays, COCO panoptic and COCO instances of many images; `ValueError` if `out` holds another model's results."
-    out = _folder(out)
+    out = result_folder(out)
     _check_batch_size(batch_size)
     files = find_images(images, without=out)
     model = U2Seg.from_pretrained(weights, config=config, device=device, score=score)
-    with _nothing_left(out):
-        with _alone(out): _claim(out, _own(model), files)
+    with nothing_left(out):
+        with alone(out): claim(out, _own(model), files)
         now = {*files}
-        items = [item for item in _known(out) if item['file'] in now]
+        items = [item for item in known_items(out) if item['file'] in now]
         _predict_items(model, out, items, batch_size)
         entries = _all_entries(out, items)
         records = [e['record'] for e in entries if 'record' in e]
         if not records: raise ValueError(f"none of {len(items)} could be read; the first: {entries[0]['skipped']}")
     if _worker()[0] == 0:
-        with _alone(out): _write_lists(out, model)
+        with alone(out): _write_lists(out, model)
     n_instances = sum(len(r['annotations']) for r in records)
     return dict(images=len(records), instances=n_instances, skipped=len(items) - len(records))

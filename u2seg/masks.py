@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['next_run', 'filled', 'whole', 'compressed', 'encode_rle', 'decode_rle', 'mask_to_box', 'fill_holes', 'ids_to_rgb',
-           'rgb_to_ids', 'write_ids', 'read_ids', 'instances_json', 'by_image']
+           'rgb_to_ids', 'write_ids', 'read_ids', 'instances_json', 'by_image', 'mask_iou']
 
 # %% ../nbs/02_masks.ipynb #imports
 import re
@@ -163,3 +163,9 @@ def by_image(coco:dict,         # a COCO instance file
             raise ValueError(f"annotation {a.get('id')} names image {a['image_id']}, which the file does not list")
         out[a['image_id']].append(a)
     return out
+
+# %% ../nbs/02_masks.ipynb #mask_iou
+def mask_iou(a:list[dict], b:list[dict])->np.ndarray: # annotations of one image -> float [len(a), len(b)]
+    "IoU of masks, each with each."
+    if not a or not b: return np.zeros((len(a), len(b)))
+    return coco_mask.iou(*([x['segmentation'] for x in rows] for rows in (a, b)), [0]*len(b))

@@ -16,12 +16,12 @@ from pycocotools import mask as coco_mask
 
 from .coco import read_instances
 from .fields import number
-from .folder import _root
 from .forms import flat_names
 from .images import read_image, read_json
 from .masks import by_image, decode_rle, read_ids
 from .names import labels_of, Names, NAMES, read_names, rename_segments, without_parts
 from .polygons import mask_window
+from .result_folder import common_folder
 from .segments import read_panoptic
 
 # %% ../nbs/66_predictions.ipynb #Predictions
@@ -49,7 +49,7 @@ def _panoptic(folder): # image id -> (path, segments); the categories
 def _folder_of(source, images): # of the images
     if images is not None: return Path(os.path.abspath(images))
     note = source.parent/'.work'/'images.json'
-    if note.is_file(): return _root(read_json(note)['images'])
+    if note.is_file(): return common_folder(read_json(note)['images'])
     if (run := _run_of(source.parent)) is None: return Path(os.path.abspath(source.parent))
     from u2seg.stage import load_params                            # slow to import
     return run.parent/load_params(run.parent)['data']['root']

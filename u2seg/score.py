@@ -20,13 +20,14 @@ from .evaluate import (
     _confusion, _iou_types, _panoptic_scores, _scored_instances, Mapping, count_votes, label_counts, name_clusters,
     score, score_agnostic)
 from .fields import image_key
-from .folder import _digest, _folder
+from .folder import _digest
 from .images import read_json, write_json
 from .masks import mask_to_box, read_ids
 from .matching import map_instances
 from .metrics import class_ap, remap, semantic_scores
 from .paper import WEIGHTS, paper_column
 from .predict import _check_batch_size, U2Seg
+from .result_folder import result_folder
 from .results import COLUMNS
 from .segments import read_panoptic
 from .semantic import read_semantic
@@ -276,7 +277,7 @@ def evaluate_files(data:str|Path,                      # as of `find_truths`
         raise ValueError('name what is to be scored: predictions (a folder or file), or --weights, one of them')
     if n_images is not None and n_images < 1: raise ValueError(f'n_images must be 1 or more, got {n_images}')
     _check_batch_size(batch_size)
-    out, texts, written = _folder(out), [], {}
+    out, texts, written = result_folder(out), [], {}
     work = out/'.work'/'scores'                                    # of `out` the rest may be of another command
     truths = _truths_as_scored(data, weights, classes, n_images)
     model = U2Seg.from_pretrained(weights, device=device) if weights else None

@@ -10,12 +10,11 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from pycocotools import mask as coco_mask
 from torch import nn
 
 from .features import weights_digest
 from .images import read_image
-from .masks import by_image, encode_rle, instances_json
+from .masks import by_image, encode_rle, instances_json, mask_iou
 from .predict import run_in_parts
 from .shards import sharded
 
@@ -92,15 +91,10 @@ def self_training_labels(old:dict,         # COCO instances that the detector wa
     new = by_image(dict(old, annotations=confident))
     labels = []
     for i, before in by_image(old).items():
-        iou = _mask_iou(before, new[i])                             # [old, new]
+        iou = mask_iou(before, new[i])                             # [old, new]
         labels += new[i]
         labels += [a for a, row in zip(before, iou) if row.max(initial=0) < max_iou]
     return instances_json(old['images'], labels, old['categories'])
-
-def _mask_iou(a, b)->np.ndarray: # [len(a), len(b)]
-    if not a or not b: return np.zeros((len(a), len(b)))
-    codes = [[dict(r['segmentation'], counts=r['segmentation']['counts'].encode()) for r in x] for x in (a, b)]
-    return coco_mask.iou(*codes, [0]*len(b))
 
 # %% ../nbs/46_selftrain.ipynb #check_self_training
 def check_self_training(*, n_rounds:int, n_iters:int, score_threshold:list[float]): # a threshold for each round

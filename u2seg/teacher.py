@@ -20,12 +20,12 @@ from .augment import Augment
 from .batches import Batches, PseudoLabels
 from .features import weights_digest
 from .images import read_image, write_png
-from .masks import encode_rle, instances_json
+from .masks import encode_rle, instances_json, mask_iou
 from .panoptic import categories, write_labels
 from .pixels import StuffScores
 from .predict import run_network
 from .processes import launch
-from .selftrain import _mask_iou, check_self_training
+from .selftrain import check_self_training
 from .shards import _digest, sharded
 from .solver import Solver
 
@@ -65,7 +65,7 @@ def merge_views(found:list[dict], # {category_id, score, view, segmentation} of 
     "One list of instances from those of all views; the class is the one of most score, the score a mean over views."
     found = sorted(found, key=lambda d: -d['score'])
     category, view, score = (np.array([d[k] for d in found]) for k in ('category_id', 'view', 'score'))
-    mates, free, out = _mask_iou(found, found) > max_iou, np.ones(len(found), bool), []
+    mates, free, out = mask_iou(found, found) > max_iou, np.ones(len(found), bool), []
     for i in range(len(found)):
         if not free[i]: continue
         group = np.flatnonzero(mates[i] & free)                     # the instance itself is the first
