@@ -54,8 +54,8 @@ def change(path, updates):
 
 def prepare(folder, n_train=12, n_val=4):
     "A folder in which the pipeline runs in small."
-    for name in ('nbs', 'configs', 'ablations'):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns('.ipynb_checkpoints'))
+    for name in ('nbs', 'configs', 'ablations', 'u2seg'):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns('.*', '__pycache__'))
     for name in ('params.yaml', 'dvc.yaml'):
         shutil.copy(ROOT / name, folder)
     small = yaml.safe_load((ROOT / 'tests' / 'small.yaml').read_text())

@@ -182,6 +182,14 @@ STEGO = dict(
 )
 
 
+def test_the_pipeline_that_is_stopped_has_all_that_dvc_yaml_names(tmp_path):
+    "benchmarks/stops.py runs every stage, in a folder of its own."
+    stops.prepare(tmp_path / 'whole', n_train=1, n_val=1)
+    found = yaml.safe_load((root / 'dvc.yaml').read_text())['stages'].values()
+    deps = {d for stage in found for d in stage.get('deps', []) if d.startswith(('nbs/', 'u2seg/'))}
+    assert [d for d in sorted(deps) if not (tmp_path / 'whole' / d).exists()] == [] and len(deps) > 50
+
+
 @pytest.mark.skipif(sys.platform != 'linux', reason='processes of DVC are found in /proc')
 def test_a_stage_hit_at_random_moments_ends_in_the_same_bytes(repository, tmp_path):
     "Stage stego, which trains, labels, and starts processes; `make nightly` does this to all stages."
