@@ -114,4 +114,4 @@ def main(seeds):
 
 
 if __name__ == '__main__':
-    main([int(s) for s in sys.argv[1:]] or range(5))
+    main([int(s) for s in sys.argv[1:]] or range(10))
