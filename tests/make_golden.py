@@ -4,9 +4,11 @@ come from numpy's generator.  Run where detectron2 is installed:
 python tests/make_golden.py
 """
 
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from u2seg.model import build_model
@@ -100,6 +102,25 @@ def scene():  # [3, 96, 128], target
     )
 
 
+@contextmanager
+def double():
+    "Every cast to single precision is one to double, in either network: a difference that is left is no rounding."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, 'float', torch.Tensor.double)
+        patch.setattr(torch, 'float32', torch.float64)
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(torch.float)
+
+
+def exact(found) -> dict:
+    "The arrays that are compared in double precision."
+    parts = dict(boxes=found['boxes'], scores=found['scores'], sem_logits=found['sem_logits'][:, ::12, ::12])
+    return {f'exact {k}': v for k, v in parts.items()}
+
+
 def summary(found, losses, gradients) -> dict:
     "The arrays that are compared: of large ones a part."
     ids, segments = found['panoptic']
@@ -118,13 +139,10 @@ def summary(found, losses, gradients) -> dict:
     )
 
 
-if __name__ == '__main__':
-    import pytest
-    from detectron2.utils.events import EventStorage
-    from test_detectron2_parity import as_detectron2, build_detectron2, detectron2_config, first_ones, postprocess
-
+def by_detectron2(image) -> tuple:
+    "detectron2's network with our weights, and what it finds in the image."
     mine = network()
-    theirs, (image, target) = build_detectron2(detectron2_config(mine.config)), scene()
+    theirs = build_detectron2(detectron2_config(mine.config))
     theirs.load_state_dict(mine.state_dict())
     theirs.eval()
     with torch.inference_mode():
@@ -135,7 +153,7 @@ if __name__ == '__main__':
         out = postprocess(theirs, instances, theirs.sem_seg_head(features)[0], d[0], images)
     i, (ids, segments) = out['instances'], out['panoptic_seg']
     segments = [dict(category_id=s['category_id'] + (1 if s['isthing'] else mine.config['n_things'])) for s in segments]
-    found = dict(
+    return theirs, dict(
         boxes=i.pred_boxes.tensor,
         scores=i.scores,
         labels=i.pred_classes,
@@ -143,6 +161,16 @@ if __name__ == '__main__':
         sem_logits=out['sem_seg'],
         panoptic=(ids, segments),
     )
+
+
+if __name__ == '__main__':
+    from detectron2.utils.events import EventStorage
+    from test_detectron2_parity import as_detectron2, build_detectron2, detectron2_config, first_ones, postprocess
+
+    image, target = scene()
+    with double():
+        exactly = exact(by_detectron2(image.double())[1])
+    theirs, found = by_detectron2(image)
     theirs.double().train()
     with pytest.MonkeyPatch.context() as m, EventStorage():
         first_ones(m)
@@ -151,7 +179,9 @@ if __name__ == '__main__':
     arrays = {
         k: np.asarray(v) for k, v in summary(found, losses, {k: p.grad for k, p in theirs.named_parameters()}).items()
     }
-    np.savez_compressed(path, **{k: v.astype(np.float32) if v.dtype == np.float64 else v for k, v in arrays.items()})
+    arrays = {k: v.astype(np.float32) if v.dtype == np.float64 else v for k, v in arrays.items()}
+    arrays |= {k: v.numpy() for k, v in exactly.items()}
+    np.savez_compressed(path, **arrays)
     print(
         path.stat().st_size,
         'bytes;',
