@@ -1,8 +1,11 @@
 """What a stage computes depends on nothing that the environment says of the processor."""
 
+import builtins
+import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -10,6 +13,9 @@ import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from u2seg import exact
+from u2seg.metrics import _qualities
+from u2seg.results import headline
+from u2seg.train import _log
 
 PROBE = '''
 import hashlib
@@ -113,3 +119,32 @@ def test_opencv_is_held_to_avx2_without_a_word():
     p = subprocess.run([sys.executable, '-c', script], env=env, capture_output=True, text=True, check=True)
     assert p.stderr == ''  # it warns of names that it does not know
     assert all(f.endswith('?') for f in p.stdout.split() if 'AVX512' in f)  # '?': not there, or switched off
+
+
+def test_scores_and_losses_are_added_from_left_to_right(monkeypatch):
+    "Since Python 3.12 `sum` compensates the error of floats: its last digits are others than before."
+    real = sum
+
+    def compensated(values, start=0):
+        values = list(values)
+        return math.fsum(values) if any(type(v) is float for v in values) else real(values, start)
+
+    monkeypatch.setattr(builtins, 'sum', compensated)
+    want = 0.0
+    for _ in range(10):
+        want += 0.1
+    assert want != sum([0.1] * 10)
+    run = SimpleNamespace(window={}, rows=[])
+    for i in range(10):
+        _log(run, i, 0.1, {f'loss{k}': 0.1 for k in range(10)}, close=i == 9)
+    (row,) = run.rows
+    assert row['loss0'] == want / 10
+    total = 0.0
+    for k in range(10):
+        total += row[f'loss{k}']
+    assert row['loss'] == total
+    classes = {c: dict(isthing=1) for c in range(10)}
+    quality = _qualities({c: dict(iou=0.1, tp=1, fp=0, fn=0) for c in classes}, classes)
+    assert quality['All']['pq'] == want / 10
+    rows = [dict(percent=1, init='u2seg', mask_AP=0.1)] * 10
+    assert headline([], rows)['few_labels']['mask_AP_1_percent'] == want / 10

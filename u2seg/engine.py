@@ -10,6 +10,7 @@ import copy
 import functools
 import hashlib
 import importlib.util
+import operator
 from dataclasses import replace
 from pathlib import Path
 
@@ -144,8 +145,9 @@ class Follow(HookBase):
         if self.rank == 0: _gather(self.window, self.trainer.storage.latest(), i)
         self.bar.update()
         if not self.window or i % self.log_every and i < self.trainer.max_iter: return
-        means = {k: sum(v)/len(v) for k, v in self.window.items()}
-        self.rows.append(dict(iteration=i, lr=lr, loss=sum(means.values()), **means))
+        means = {k: functools.reduce(operator.add, v)/len(v) for k, v in self.window.items()}
+        loss = functools.reduce(operator.add, means.values())
+        self.rows.append(dict(iteration=i, lr=lr, loss=loss, **means))
         self.window = {}
         write_log(self.folder/'log.csv', self.rows)
     def after_train(self): self.bar.close()

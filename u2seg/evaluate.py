@@ -8,6 +8,8 @@ __all__ = ['Votes', 'count_votes', 'Mapping', 'name_clusters', 'semantic_map', '
 
 # %% ../nbs/74_evaluate.ipynb #imports
 from dataclasses import astuple, dataclass
+from functools import reduce
+from operator import add
 
 import numpy as np
 
@@ -259,6 +261,7 @@ def image_pq(predictions:dict[int, ImagePrediction], truth:GroundTruth,
             a = dict(a, segments_info=[s for s in a['segments_info'] if s['id'] in visible])
         coco = dict(annotations=[dict(image_id=a['image_id'], file_name='', segments_info=segments)])
         s = panoptic_quality(truth.panoptic.but(annotations=[a]), truth.maps, coco, lambda _: _named_ids(p, segments))
-        total = {k: sum(c[k] for c in s['per_class'].values()) for k in ('iou', 'tp', 'fp', 'fn')}
+        counts = s['per_class'].values()
+        total = {k: reduce(add, (c[k] for c in counts), 0) for k in ('iou', 'tp', 'fp', 'fn')}
         out[a['image_id']] = total['iou']/max(total['tp'] + total['fp']/2 + total['fn']/2, 1e-9)
     return out

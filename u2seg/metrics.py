@@ -9,6 +9,8 @@ __all__ = ['pair_counts', 'panoptic_quality', 'confusion_matrix', 'semantic_scor
 # %% ../nbs/71_metrics.ipynb #imports
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import reduce
+from operator import add
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +80,8 @@ def _pairs(gt_maps, gt_name, pred_maps, pred_name):
 # %% ../nbs/71_metrics.ipynb #qualities
 def _average(per_class, ids):
     seen = [per_class[c] for c in ids if per_class[c]['tp'] + per_class[c]['fp'] + per_class[c]['fn']]
-    return {k: sum(s[k] for s in seen)/max(len(seen), 1) for k in ('pq', 'sq', 'rq')} | dict(n=len(seen))
+    means = {k: reduce(add, (s[k] for s in seen), 0)/max(len(seen), 1) for k in ('pq', 'sq', 'rq')}
+    return means | dict(n=len(seen))
 
 def _qualities(per_class, categories):
     "PQ, SQ, RQ of each class, and their means over all classes, things and stuff."

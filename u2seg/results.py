@@ -9,6 +9,8 @@ __all__ = ['HEAD', 'COLUMNS', 'HEADLINE', 'select', 'markdown', 'nest', 'flatten
 # %% ../nbs/77_results.ipynb #imports
 import csv
 import io
+from functools import reduce
+from operator import add
 from pathlib import Path
 
 from .images import write_atomic
@@ -74,7 +76,7 @@ def headline(rows:list[dict],       # of all splits
         out[split] = {k: of_split[split][k] for k in keys if of_split[split].get(k) is not None}
     fewest = min((r['percent'] for r in fewshot), default=None)
     scores = [r['mask_AP'] for r in select(fewshot, percent=fewest, init='u2seg')]
-    if scores: out['few_labels'] = {f'mask_AP_{fewest}_percent': sum(scores)/len(scores)}
+    if scores: out['few_labels'] = {f'mask_AP_{fewest}_percent': reduce(add, scores)/len(scores)}
     return out
 
 # %% ../nbs/77_results.ipynb #write_rows

@@ -14,6 +14,8 @@ import os
 import resource
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
+from functools import reduce
+from operator import add
 from pathlib import Path
 
 import torch
@@ -97,8 +99,8 @@ def _log(run, i, lr, losses, close):
     "Add losses to the log's window; close the window into a row."
     for k, v in losses.items(): run.window.setdefault(k, []).append(v)
     if not close: return
-    means = {k: sum(v)/len(v) for k, v in run.window.items()}
-    run.rows.append(dict(iteration=i + 1, lr=lr, loss=sum(means.values()), **means))
+    means = {k: reduce(add, v)/len(v) for k, v in run.window.items()}
+    run.rows.append(dict(iteration=i + 1, lr=lr, loss=reduce(add, means.values()), **means))
     run.window = {}
 
 def _state(run):
