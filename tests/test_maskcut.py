@@ -115,7 +115,7 @@ def test_batch_is_each_image_alone():
     keys = torch.stack([scene(s) for s in range(5)])
     together = maskcut_batch(keys, tau=0.2, n_masks=3)
     assert all((a == maskcut(k, tau=0.2, n_masks=3)).all() for a, k in zip(together, keys))
-    out, covered = [], False
+    out, covered = [], np.zeros(1, bool)
     for _, _, accepted in cut_rounds(keys, tau=0.2, n_masks=3):  # in step, as on a GPU
         out.append(accepted & ~covered)
         covered = covered | accepted

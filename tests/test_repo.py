@@ -327,7 +327,7 @@ def test_each_pin_runs_on_every_python_that_its_marker_admits():
             continue
         if installed.version not in pin.specifier:
             continue  # the pin of another Python
-        needs, seen = SpecifierSet(installed.metadata['Requires-Python'] or ''), seen + 1
+        needs, seen = SpecifierSet(installed.metadata.get('Requires-Python') or ''), seen + 1
         for v in pythons:
             here = dict(python_version=v.rpartition('.')[0], python_full_version=v)
             if (pin.marker is None or pin.marker.evaluate(here)) and v not in needs:
