@@ -176,6 +176,49 @@ def test_a_signal_that_is_waited_for_has_a_stack_of_its_own():
     assert int(flags) != disabled and int(size) > 8192
 
 
+ORPHANS = """
+import os, sys, time
+from functools import partial
+from pathlib import Path
+
+from u2seg.processes import _asked_to_stop
+from u2seg.scenes import _map
+from u2seg.shards import run_all
+
+def job(path, saves):
+    if not saves:
+        Path(path).write_text(str(os.getpid()))
+        time.sleep(600)
+    with _asked_to_stop() as asked:
+        Path(path).write_text(str(os.getpid()))
+        while not asked:
+            time.sleep(.1)
+        Path(path + '.saved').touch()
+    raise SystemExit(1)
+
+if __name__ == '__main__':
+    if sys.argv[2] == 'runs':
+        run_all([partial(job, f'{sys.argv[1]}/{k}', k == 1) for k in range(2)], n_procs=2)
+    else:
+        _map(partial(job, saves=False), [f'{sys.argv[1]}/{k // 8}' for k in range(16)], 2)  # eight at a time
+"""
+
+
+@pytest.mark.parametrize('work', ['runs', 'drawing'])
+def test_processes_end_with_the_one_that_started_them(work, tmp_path):
+    "Killed, it can tell them nothing; one that trains saves what it has."
+    (tmp_path / 'jobs.py').write_text(ORPHANS)
+    process = subprocess.Popen([sys.executable, tmp_path / 'jobs.py', tmp_path, work], env=environment())
+    wait_for(lambda: all((tmp_path / k).exists() for k in '01'), process, 300)
+    tree = stops.descendants(process)
+    process.kill()
+    process.wait(60)
+    _, left = stops.gone(tree, 60)
+    for p in tree:
+        stops.send(p, signal.SIGKILL)
+    assert len(tree) > 2 and left == [] and (tmp_path / '1.saved').exists() == (work == 'runs')
+
+
 STEGO = dict(
     data=dict(root='images', train=['a']),
     stego=dict(size=64, n_classes=3, n_iters=60, batch_size=4, n_neighbors=3, segment=dict(size=64), n_procs=2),

@@ -16,6 +16,7 @@ from scipy.ndimage import gaussian_filter
 
 from .images import write_atomic, write_json
 from .masks import mask_to_box, write_ids
+from .shards import watch_parent
 from .textures import ground, GROUNDS, KINDS, look, mix, PAINT_STUFF, SPLITS, STUFF, THINGS, TILE, tile, wall
 from .things import FOOT, thing
 
@@ -158,7 +159,8 @@ def _map(function, jobs, n_workers):
     if n_workers < 1: raise ValueError(f'n_workers must be at least 1, got {n_workers}')
     if n_workers == 1: return [function(j) for j in jobs]
     way = 'fork' if 'fork' in multiprocessing.get_all_start_methods() else 'spawn'
-    with multiprocessing.get_context(way).Pool(n_workers) as pool: return pool.map(function, jobs, chunksize=8)
+    pool = multiprocessing.get_context(way).Pool(n_workers, initializer=watch_parent)
+    with pool: return pool.map(function, jobs, chunksize=8)
 
 def draw_images(seed:int, n:int, kind:str,
                 n_workers:int, # processes
