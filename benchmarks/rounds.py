@@ -58,21 +58,21 @@ def scores(net, root, shares, folder) -> dict:  # share -> AP50 ..., of boxes an
     return out
 
 
-def relabel(net, root, labels, p, r, folder):
-    "The labels of round r (from 1)."
+def relabel(net, root, labels, score_threshold, folder):
+    "The labels of a round."
     c = net.config
     _, found, _ = detect(
         net,
         root,
         labels['images'],
-        score_threshold=p['self_training']['score_threshold'][r - 1],
+        score_threshold=score_threshold,
         n_max=30,
         batch_size=16,
         short=c['min_size'],
         max_size=c['max_size'],
         folder=folder,
     )
-    return self_training_labels(labels, found, score_threshold=p['self_training']['score_threshold'][r - 1]), len(found)
+    return self_training_labels(labels, found, score_threshold=score_threshold), len(found)
 
 
 def row(name, n_iters, n_labels, by_share):
@@ -94,7 +94,7 @@ if __name__ == '__main__':
     a.add_argument('--folder', required=True, help='checkpoints and shards')
     a.add_argument('--iters', type=int, help='of the first training')
     a.add_argument('--round-iters', type=int)
-    a.add_argument('--rounds', type=int, default=2)
+    a.add_argument('--thresholds', type=float, nargs='+', default=[0.7, 0.65], help='one a round')
     a.add_argument('--seed', type=int, default=0)
     a.add_argument('--write', action='store_true', help='write results/rounds.md')
     a = a.parse_args()
@@ -103,6 +103,7 @@ if __name__ == '__main__':
     both = {k: {**params[k], **p[k]} for k in ('solver', 'augment', 'network')}  # what differs laid over what is shared
     n, m = a.iters or p['solver']['n_iters'], a.round_iters or p['self_training']['n_iters']
     solver, augment = Solver(**both['solver'] | dict(n_iters=n)), Augment(**both['augment'])
+    again = replace(solver, n_iters=m, lr=p['self_training']['lr'])
     if not a.dev:
         a.dev = folder / 'dev'
         if not (a.dev / 'scenes').exists():
@@ -124,10 +125,10 @@ if __name__ == '__main__':
         coco = labels
         net.roi_heads.droploss = 0.0 if kind == 'round' else net.config['droploss']
         at = kind.replace(' ', '_')
-        for r in range(1, a.rounds + 1):
+        for r, score_threshold in enumerate(a.thresholds, 1):
             if kind != 'control':
-                coco, _ = relabel(net, a.root, coco, p, r, folder / f'labels_{at}{r}')
-            fit(coco, a.seed + r, replace(solver, n_iters=m), folder / f'{at}{r}')
+                coco, _ = relabel(net, a.root, coco, score_threshold, folder / f'labels_{at}{r}')
+            fit(coco, a.seed + r, again, folder / f'{at}{r}')
             lines.append(
                 row(
                     f'{kind} {r}',
@@ -142,7 +143,7 @@ if __name__ == '__main__':
             f'# Self-training rounds, {date.today()}',
             '',
             f'`python benchmarks/rounds.py`, torch {torch.__version__}, seed {a.seed}, score thresholds '
-            f'{p["self_training"]["score_threshold"][: a.rounds]}; class-agnostic, in %, mean of 200 object-centric '
+            f'{a.thresholds}; class-agnostic, in %, mean of 200 object-centric '
             'and 200 scene-centric images drawn from another seed. '
             '*round*: labels of the detector so far, DropLoss off, '
             'as in CutLER. *control*: trained on as long with MaskCut\'s labels and DropLoss.',

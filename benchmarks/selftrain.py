@@ -63,6 +63,7 @@ def arguments():
     q.add_argument('--folder', required=True, help='checkpoints, labels and predictions')
     q.add_argument('--labelled', help='folder with the splits of data.val and their ground truth; none: data.root')
     q.add_argument('--iters', type=int, help='of the round; none: as in params.yaml')
+    q.add_argument('--threshold', type=float, default=0.5, help='score from which the teacher is sure')
     q.add_argument('--first', action='store_true', help='train first, instead of reading out/train')
     q.add_argument('--first-iters', type=int)
     q.add_argument('--seed', type=int, default=0)
@@ -104,7 +105,7 @@ def main():
     both = {k: {**params[k], **p[k]} for k in ('solver', 'augment', 'network')}  # what differs laid over what is shared
     changes = dict(ema_decay=a.ema) | (dict(n_iters=a.first_iters) if a.first_iters else {})
     both['solver'], augment = Solver(**both['solver'] | changes), Augment(**both['augment'])
-    rounds = p['self_training'] | dict(n_rounds=1) | (dict(n_iters=a.iters) if a.iters else {})
+    rounds = p['self_training'] | dict(score_threshold=[a.threshold]) | (dict(n_iters=a.iters) if a.iters else {})
     again = replace(both['solver'], n_iters=rounds['n_iters'])
     data = first_labels(a, root)
 

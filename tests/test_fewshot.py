@@ -1,5 +1,6 @@
 "Few-shot: subsets, true labels as targets, resumable runs."
 
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -285,6 +286,25 @@ def test_a_result_of_another_setting_is_not_taken(root, tmp_path, monkeypatch):
     job(root, tmp_path / 'a', weights=weights)
     job(root, tmp_path / 'a', weights=weights, n_iters=5)
     assert len(trained) == 3
+
+
+@pytest.mark.parametrize('droploss', [0.25, 0.0])
+def test_the_stage_has_a_droploss_of_its_own(root, monkeypatch, droploss):
+    write_json(root / 'out' / 'train' / 'model.yaml', dict(CONFIG, n_things=9, n_stuff=5, droploss=0.5))
+    path = Path(__file__).parents[1] / 'nbs' / '81_run_fewshot.ipynb'
+    cells = {c['id']: ''.join(c['source']) for c in read_json(path)['cells']}
+    seen, real = [], fewshot.fit
+    monkeypatch.setattr(fewshot, 'fit', lambda model, *a, **k: seen.append(model) or real(model, *a, **k))
+    names = {}
+    exec(cells['parameters'], names)
+    names |= dict(root=str(root), data_root='.', data_train=['s/train'], data_val=['s/val'], n_val=1, n_procs=1)
+    names |= dict(
+        percents=[50], n_iters=[1], inits=['random'], augment=asdict(AUGMENT), solver=SOLVER, droploss=droploss
+    )
+    for name in ('check', 'imports', 'jobs', 'run'):
+        exec(cells[name], names)
+    assert [m.roi_heads.droploss for m in seen] == [droploss]
+    assert seen[0].config == build_model({**CONFIG, 'n_things': 2, 'n_stuff': 2, 'droploss': droploss}).config
 
 
 def test_runs_side_by_side_equal_runs_in_turn(root, tmp_path):

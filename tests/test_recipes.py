@@ -84,8 +84,8 @@ CutLER cascade_mask_rcnn_R_50_FPN.yaml: cutler.solver.n_iters 160000, cutler.sol
     0.02, cutler.solver.lr 0.01, cutler.augment.copy_paste plain, cutler.augment.paste_rate 1.0,
     cutler.augment.paste_scale [0.3, 1.0], cutler.network.droploss 0.01, cutler.initial
     weights/dino_resnet50_pretrain.pth
-CutLER README, self-training: cutler.self_training.n_rounds 2, cutler.self_training.score_threshold [0.7, 0.65],
-    cutler.self_training.n_iters 80000
+CutLER README and cascade_mask_rcnn_R_50_FPN_self_train.yaml: cutler.self_training.score_threshold [0.7, 0.65],
+    cutler.self_training.n_iters 80000, cutler.self_training.lr 0.005
 U2Seg usl-imagenet.py: cluster.embedding cls, cluster.crop_size 480, cluster.shape center, cluster.l2 false,
     cluster.pca 0, cluster.metric euclidean, cluster.init random, cluster.n_init 1, cluster.n_iters 100, cluster.k 800
 STEGO train_config.yml, the weights and shifts of ViT-B/8: stego.w_self 0.1, stego.w_knn 1.0, stego.b_self 0.12,
@@ -109,10 +109,12 @@ detectron2 defaults.py: network.min_size 800, network.max_size 1333, network.roi
     train.network.roi_batch 512, train.network.panoptic_score 0.5, train.network.panoptic_area 4096
 U2Seg, the paper's Table A2, and sem_seg_evaluation.py: evaluate.match_score 0.4, evaluate.match_iou 0.6,
     evaluate.match_stuff_iou 0.15, train.solver.n_iters 90000, evaluate.classes supercategories
+CutLER COCO-Semisupervised/cascade_mask_rcnn_R_50_FPN_*perc.yaml: fewshot.droploss 0.0
 U2Seg_eff efficiency_*per.yaml: fewshot.percents [1, 2, 5, 10, 20, 30, 40, 50], fewshot.solver.lr 0.04,
     fewshot.n_iters [3600, 3600, 4500, 9000, 18000, 27000, 36000, 45000], fewshot.solver.milestones [0.666667,
     0.888889], fewshot.solver.gamma 0.1, fewshot.solver.weight_decay 0.0001, fewshot.solver.warmup_iters 1000,
-    fewshot.solver.clip_type null, fewshot.solver.amp null, fewshot.augment.copy_paste none
+    fewshot.solver.clip_type null, fewshot.solver.amp null, fewshot.augment.copy_paste none,
+    fewshot.droploss 0.0
 """
 
 
@@ -208,6 +210,23 @@ def test_the_hours_for_photographs_follow_the_measured_rates():
     stuff = measured('gpu', '## stuff', 'ms an image, with CRF')
     assert masks + whole / 1000 + stuff / 1000 < gpu_once < 1.2 * (masks + whole / 1000 + stuff / 1000)
     assert measured('model', 'R50', 'inference, 1 picture', 4) < cpu_once < 20
+
+
+def test_the_head_of_coco_says_what_was_measured_on_a_gpu():
+    head = ' '.join(l.strip('# ') for l in (root / 'configs' / 'coco.yaml').read_text().split('base:')[0].splitlines())
+    step, memory = (measured('gpu', '## step', f'ours, float16: {k}') for k in ('ms', 'peak GiB'))
+    detected, masks = measured('gpu', '## inference', 'whole'), measured('gpu', '## maskcut', 'whole, ms an image')
+    vit, whole = (measured('gpu', f'## {part}', 'bfloat16, images/s') for part in ('vit', 'whole'))
+    loader = measured('gpu', '## loader', '16 processes')
+    for shown in (
+        f'the model {step / 1000:.3f} s an iteration'.replace(' 0.', ' .'),
+        f'and {memory} GiB, without its loader, which takes {loader} s'.replace(' 0.', ' .'),
+        f'{detected / 1000:.4f} s an image detected'.removeprefix('0'),
+        f'ViT-B/8 {vit:.0f} images/s',
+        f'MaskCut {1000 / masks:.0f} images/s, and {whole} from files',
+    ):
+        assert shown in head
+    assert 1 / 9 < step / 1000 / (8 * 0.328) < 1 / 8  # of the hours of 8 V100
 
 
 def test_the_head_of_the_recipe_for_photographs_says_these_hours():

@@ -43,7 +43,7 @@ SOLVER = Solver(
     )
 )
 LABELS = dict(score_threshold=0.3, top_fraction=0.7)
-ROUNDS = dict(n_rounds=2, n_iters=2, score_threshold=[0.3, 0.35], top_fraction=0.7)
+ROUNDS = dict(score_threshold=[0.3, 0.35], n_iters=2, top_fraction=0.7)
 
 
 def network(seed=0):
@@ -287,7 +287,15 @@ def test_without_rounds_nothing_is_done(tmp_path):
     net = nn.Linear(2, 2)
     before = [p.clone() for p in net.parameters()]
     nothing = self_train(
-        net, None, tmp_path, [], tmp_path / 'w', solver=SOLVER, augment=PLAIN, seed=0, **ROUNDS | dict(n_rounds=0)
+        net,
+        None,
+        tmp_path,
+        [],
+        tmp_path / 'w',
+        solver=SOLVER,
+        augment=PLAIN,
+        seed=0,
+        **ROUNDS | dict(score_threshold=[]),
     )
     assert nothing == [] and not (tmp_path / 'w').exists()
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters()))

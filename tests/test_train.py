@@ -1,6 +1,7 @@
 "Training: killed and resumed, in one process and in two, against plain formulas."
 
 import copy, functools, math, os, resource, signal, subprocess, sys, time, types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from common import EMBEDDED, STEPS, made
 from u2seg import batches, train
 from u2seg.batches import Cache
 from u2seg.augment import Augment
-from u2seg.images import write_png
+from u2seg.images import read_json, write_png
 from u2seg.masks import decode_rle, encode_rle, instances_json
 from u2seg.model import build_model
 from u2seg.solver import Solver, lr_factor
@@ -651,6 +652,33 @@ def test_self_training_labels_by_hand():
     n_sure = sum(d['score'] >= 0.7 and d['image_id'] < 30 for d in new)
     assert 0 < n_sure < len(want) < len(old['annotations']) + n_sure  # some are covered, some are not
     assert [a['id'] for a in got['annotations']] == list(range(1, len(want) + 1)) and got['images'] == images
+
+
+def test_rounds_of_the_detector_have_a_rate_of_their_own(tmp_path):
+    "The cells of stage cutler, on two images and a small network."
+    note, names = lambda i, m: dict(image_id=i, category_id=1, segmentation=encode_rle(m)), {}
+    images = [dict(id=i, file_name=f'{i}.png', width=64, height=64) for i in (1, 2)]
+    mask = np.zeros((64, 64), bool)
+    mask[10:50, 20:60] = True
+    for im in images:
+        write_png(tmp_path / im['file_name'], np.where(mask[..., None], [200, 90, 20], 60).astype(np.uint8))
+    labels = instances_json(images, [note(1, mask), note(2, mask)], [dict(id=1, name='object')])
+    cells = read_json(Path(__file__).parents[1] / 'nbs' / '48_run_cutler.ipynb')['cells']
+    source = {c['id']: ''.join(c['source']) for c in cells}
+    exec(source['parameters'], names)
+    names['solver'] |= dict(n_iters=3, batch_size=2, schedule='constant', warmup_iters=0, lr=0.004, amp=None)
+    names['augment'] |= dict(short_sides=[64], max_size=64)
+    names['network'] |= common.PREDICTS | dict(fpn_first=3, droploss=0.25, norm='GN', fpn_norm='GN')
+    names['self_training'] |= dict(score_threshold=[0.0, 0.0], n_iters=2, lr=0.001)
+    names |= dict(root=str(tmp_path), data_root='.', n_workers=0)
+    names['detect'] |= dict(n_procs=1)
+    exec(source['check'], names)
+    exec(source['imports'], names)
+    names |= dict(labels=labels, data=PseudoLabels(tmp_path, labels))
+    for name in ('network', 'train', 'rounds'):
+        exec(source[name], names)
+    assert [(r['iteration'], r['lr']) for r in names['log']] == [(3, 0.004), (5, 0.001), (7, 0.001)]
+    assert names['net'].roi_heads.droploss == 0
 
 
 class Finder(nn.Module):

@@ -97,12 +97,12 @@ def self_training_labels(old:dict,         # COCO instances that the detector wa
     return instances_json(old['images'], labels, old['categories'])
 
 # %% ../nbs/46_selftrain.ipynb #check_self_training
-def check_self_training(*, n_rounds:int, n_iters:int, score_threshold:list[float]): # a threshold for each round
+def check_self_training(*, score_threshold:list[float], # one a round
+                        n_iters:int,        # of a round
+                        lr:float|None=None, # peak learning rate of a round; None: that of the first training
+                        ):
     "`ValueError` for self-training that cannot be."
-    n = len(score_threshold)
-    if not 0 <= n_rounds <= n:
-        allowed = f'0 ... {n}, the number of score thresholds'
-        raise ValueError(f'self_training.n_rounds must lie in {allowed}, got {n_rounds}')
     if n_iters < 1: raise ValueError(f'self_training.n_iters must be at least 1, got {n_iters}')
     if not all(0 <= s <= 1 for s in score_threshold):
         raise ValueError(f'self_training.score_threshold must lie in [0, 1], got {score_threshold}')
+    if lr is not None and not lr > 0: raise ValueError(f'self_training.lr must be positive, got {lr}')

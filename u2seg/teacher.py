@@ -164,7 +164,7 @@ def _confident(records, thresholds, n_things): # COCO instances
     return instances_json([r['image'] for r in records], chosen, categories(n_things, 0))
 
 # %% ../nbs/61_teacher.ipynb #check_rounds
-def check_rounds(*, top_fraction:float, **rounds): # n_rounds, n_iters, score_threshold: see `check_self_training`
+def check_rounds(*, top_fraction:float, **rounds): # score_threshold and n_iters: see `check_self_training`
     "`ValueError` for self-training that cannot be."
     check_self_training(**rounds)
     if not 0 < top_fraction <= 1: raise ValueError(f'self_training.top_fraction must lie in (0, 1], got {top_fraction}')
@@ -175,12 +175,12 @@ def self_train(net:nn.Module,   # trained; it is trained on in place
                root:str|Path, images:list[dict], # {id, file_name}, file names relative to `root`
                folder:str|Path, # scratch
                *, solver:Solver, augment:Augment, # of the first training
-               n_rounds:int, n_iters:int, score_threshold:list[float], top_fraction:float, # see `check_rounds`
+               score_threshold:list[float], n_iters:int, top_fraction:float, # see `check_rounds`
                seed:int, n_procs:int=1, n_workers:int=0,
                )->list[dict]:   # rows of the log; iterations are counted on from those of the solver
     "Rounds of labels and training; killed at any moment and called again, it ends with the same weights."
     again, rows = replace(solver, n_iters=n_iters), []
-    for r, floor in enumerate(score_threshold[:n_rounds], 1):
+    for r, floor in enumerate(score_threshold, 1):
         options = dict(score_threshold=floor, top_fraction=top_fraction)
         labels, n = launch(partial(teacher_labels, net, root, images, Path(folder)/f'round{r}', **options), n_procs)
         print(f"round {r}: {n['n_things']} things, {n['n_stuff']} stuff segments in {n['n_images']} images, "
