@@ -20,7 +20,7 @@ from u2seg.forms import link_to, read_yolo
 from u2seg.gallery import _clusters_of
 from u2seg.images import read_json, write_json, write_png
 from u2seg.masks import encode_rle, instances_json, read_ids, write_ids
-from u2seg.names import Names, write_names
+from u2seg.names import Names, as_yaml, write_names
 from u2seg.predictions import instances_of, map_of, read_predictions
 
 NAMES = ['a b', '"q" & <x>', 'קטגוריה']
@@ -406,6 +406,28 @@ def test_the_command_says_where_images_go(tmp_path, capsys):
     assert yaml.safe_load((tmp_path / 'out/data.yaml').read_text())['names'] == dict(enumerate(NAMES))
     assert cli.main(['export', str(path), '--format', 'x', '--out', str(tmp_path / 'y')]) == 1
     assert 'format must be one of coco, coco-panoptic, yolo' in capsys.readouterr().err
+
+
+def test_the_command_says_when_the_names_came_later(tmp_path, capsys, monkeypatch):
+    write_source(tmp_path, SOURCES['usual']())
+    names = Names(3, 0, {'1': 'duck'}, model='abc')
+    note = dict(images={str(tmp_path / f'images/{i}.png'): f'{i}.png' for i in (1, 2, 3)}, names=as_yaml(names))
+    write_json(tmp_path / '.work' / 'images.json', note)
+    monkeypatch.chdir(tmp_path)
+    for i, (now, warns) in enumerate(
+        [
+            (None, False),
+            (names, False),
+            (replace(names, clusters='def'), False),
+            (replace(names, names={}), True),
+            (replace(names, discarded=frozenset('2')), True),
+            (replace(names, names={}, model='of another'), False),
+        ]
+    ):
+        if now:
+            write_names(tmp_path / 'names.yaml', now)
+        assert cli.main(['export', str(tmp_path), '--format', 'coco', '--out', f'out{i}']) == 0
+        assert ('was predicted with other names than names.yaml has' in capsys.readouterr().err) == warns
 
 
 def test_files_are_plain_json(tmp_path):

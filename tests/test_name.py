@@ -2,6 +2,7 @@
 
 import base64
 import http.client
+import io
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
@@ -52,6 +54,23 @@ def make_gallery(folder, n_things=4, n_stuff=2, each=6, **bound):
             annotations.append(dict(image_id=1, category_id=c + 1, segmentation=square(*place)))
             x.append([10 * c + i % 2, 0.1 * i])
     return Gallery(folder, {1: 'a.png'}, annotations, np.float32(x), Names(n_things, n_stuff, **bound), {})
+
+
+def test_a_crop_of_a_photograph_works_on_its_part_alone(tmp_path):
+    Image.new('RGB', (4000, 3000), 'green').save(tmp_path / 'a.png')
+    mask = np.zeros((3000, 4000), bool)
+    mask[100:200, 3900:4000] = True
+    own = [dict(image_id=1, category_id=1, segmentation=encode_rle(mask))]
+    gallery = Gallery(tmp_path, {1: 'a.png'}, own, np.zeros((1, 2), np.float32), Names(1, 0), {})
+    first = gallery.crop(0)  # reads the image
+    tracemalloc.start()
+    assert gallery.crop(0) == first
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3000 * 4000 * 3  # less than a copy of the image
+    shown = np.asarray(Image.open(io.BytesIO(first))).astype(int)
+    middle, beyond = shown[72, 72], shown[72, 140]
+    assert abs(middle - [0, 128, 0]).max() < 10 and beyond.max() < 10  # right of the image it is black
 
 
 def serve_here(folder, n_things=4, n_stuff=2):

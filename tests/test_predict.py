@@ -503,6 +503,14 @@ def test_results_among_the_images_are_not_images(weights, tmp_path):
         find_images(tmp_path / 'segmented' / 'overlay', without=tmp_path / 'segmented')
 
 
+def test_maps_of_ground_truth_are_not_images(tmp_path):
+    for name in ('a.png', 'test/b.png', 'annotations/panoptic_test/b.png', 'panoptic_trip/c.png'):
+        write_png(tmp_path / name, picture())
+    (tmp_path / 'annotations' / 'panoptic_test.json').write_text('{}')
+    names = [f.removeprefix(f'{tmp_path}/') for f in find_images(tmp_path)]
+    assert names == ['a.png', 'panoptic_trip/c.png', 'test/b.png']  # a folder of that name alone is one of images
+
+
 def test_no_name_is_not_this_folder(tmp_path, monkeypatch):
     write_png(tmp_path / 'a.png', picture())
     monkeypatch.chdir(tmp_path)

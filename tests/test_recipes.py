@@ -263,6 +263,27 @@ def test_a_folder_of_photographs_gives_the_recipe_its_size(repo, tmp_path):
     assert (repo / 'params.yaml').read_text() == before
 
 
+@pytest.mark.parametrize('name', ['segmented/overlay', 'annotations/panoptic_test'])
+def test_results_and_ground_truth_among_the_photographs_are_not_learned_from(repo, tmp_path, name):
+    trip = tmp_path / 'trip'
+    for file in ('test/a.jpg', 'segmented/.work/lock', 'annotations/panoptic_test.json', f'{name}/a.png'):
+        (trip / file).parent.mkdir(parents=True, exist_ok=True)
+        (trip / file).touch()
+    before = (repo / 'params.yaml').read_bytes()
+    with pytest.raises(ValueError, match='holds results or ground truth, which would be learned from as images'):
+        R.use('photos', repo, images=trip)
+    assert (repo / 'params.yaml').read_bytes() == before
+    params = yaml.safe_load(before)
+    for train in (['.'], ['test']):
+        params['data'] = dict(root=str(trip), train=train, val=[])
+        (repo / 'params.yaml').write_text(yaml.safe_dump(params))
+        if train == ['test']:
+            R.check_files(repo)
+            continue
+        with pytest.raises(ValueError, match=f'trip/{name.split("/")[0]}.*: holds results or ground truth'):
+            R.check_files(repo)
+
+
 def test_check_finds_missing_weights_and_annotations(repo):
     R.use('coco', repo)
     with pytest.raises(ValueError, match='cutler.initial names weights/dino_resnet50_pretrain.pth, which is not there'):

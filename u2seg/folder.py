@@ -20,7 +20,8 @@ from .images import list_images, read_image, read_json, write_json, write_png
 from .masks import instances_json, write_ids
 from .names import as_yaml
 from .predict import _check_batch_size, U2Seg
-from .result_folder import alone, claim, common_folder, known_items, nothing_left, record_file, result_folder
+from .result_folder import (
+    alone, claim, common_folder, known_items, not_images, nothing_left, record_file, result_folder)
 from .shards import _load_ahead, _worker
 
 # %% ../nbs/63_folder.ipynb #find_images
@@ -48,11 +49,10 @@ def _files(x)->list[str]: # of one file, folder or pattern
     if not files: raise ValueError(f'''{x or "''"}: no such image or folder''')
     return files
 
-def _files_of_others(folder): # without those in folders of results
+def _files_of_others(folder): # without results and ground truth
     names = [im['file_name'] for im in list_images(folder, ['.'])]
-    parents = {p for n in names for p in Path(n).parents}
-    results = {p for p in parents if p.name and (folder/p/'.work').is_dir()}
-    return [str(folder/n) for n in names if results.isdisjoint(Path(n).parents)]
+    left_out = not_images(folder, names)
+    return [str(folder/n) for n in names if left_out.isdisjoint(Path(n).parents)]
 
 # %% ../nbs/63_folder.ipynb #claim
 def _digest(model):

@@ -135,9 +135,12 @@ def crop(self, row:int, size:int=144)->bytes: # JPEG of size x size pixels
     ys, xs = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
     box = [xs[0], ys[0], xs[-1] - xs[0] + 1, ys[-1] - ys[0] + 1]
     x0, y0, x1, y1 = (int(v) for v in window(box, margin=.15, shape='square'))
-    part = Image.fromarray(np.where(mask[..., None], image, image//3)).crop((x0, y0, x1, y1))
+    x, y = max(x0, 0), max(y0, 0)
+    image, mask = image[y:y1, x:x1], mask[y:y1, x:x1]
+    box = (x0 - x, y0 - y, x1 - x, y1 - y)                       # beyond the image it is black
+    part = Image.fromarray(np.where(mask[..., None], image, image//3)).crop(box)
     out = part.resize((size, size), Image.Resampling.BILINEAR)
-    cover = Image.fromarray(mask.astype(np.uint8)*255).crop((x0, y0, x1, y1)).resize((size, size))
+    cover = Image.fromarray(mask.astype(np.uint8)*255).crop(box).resize((size, size))
     cover = np.asarray(cover) > 127
     edge = np.zeros_like(cover)
     for axis in (0, 1): edge |= cover & ~(np.roll(cover, 1, axis) & np.roll(cover, -1, axis))
@@ -146,7 +149,7 @@ def crop(self, row:int, size:int=144)->bytes: # JPEG of size x size pixels
     out.save(data, 'JPEG', quality=85)
     return data.getvalue()
 
-@lru_cache(16)
+@lru_cache(4)
 def _image(path): return read_image(path)
 
 Gallery.crop = crop

@@ -6,12 +6,25 @@
 __all__ = ['count', 'export', 'suggest', 'finetune', 'label_verbs']
 
 # %% ../nbs/95_label_verbs.ipynb #imports
+import sys
 from pathlib import Path
 
 # %% ../nbs/95_label_verbs.ipynb #count
 def count(n:int, noun:str)->str:
     "`1 image`, `3 images`."
     return f'{n} {noun}' if n == 1 else f'{n} {noun}s'
+
+# %% ../nbs/95_label_verbs.ipynb #other_names
+def _other_names(predictions:Path)->bool: # a folder of `u2seg predict`, or anything else
+    "Were they predicted by the model that names.yaml is about, but with other names?"
+    from u2seg.images import read_json
+    from u2seg.names import NAMES, parsed, read_names
+    note = predictions/'.work'/'images.json'
+    said = read_json(note).get('names') if note.is_file() and Path(NAMES).is_file() else None
+    if not said: return False
+    old, now = parsed(said), read_names(NAMES)
+    of = lambda names: (names.names, names.discarded, names.labels)
+    return old.model == now.model != '' and of(old) != of(now)
 
 # %% ../nbs/95_label_verbs.ipynb #labels
 def export(predictions:str, format:str, out:str='exported', images:str|None=None, score:float=.5, loss:float=.005,
@@ -20,6 +33,9 @@ def export(predictions:str, format:str, out:str='exported', images:str|None=None
     from u2seg.export import PLACES, export
     n = export(predictions, out, format, images=images, score=score, loss=loss, val=val, link=link)
     print(f"{count(n['images'], 'image')}, {count(n['objects'], 'object')}: {out}")
+    if _other_names(Path(predictions)):
+        print(f'u2seg: warning: {predictions} was predicted with other names than names.yaml has; predict again, '
+              'into another folder, to export these', file=sys.stderr)
     if format in PLACES and not link:
         print(f"images, or links to them, belong in {out}/{PLACES[format].format(split='SPLIT')}; --link makes links")
 

@@ -11,6 +11,7 @@ import math
 from pathlib import Path
 
 from .images import list_images, write_atomic
+from .result_folder import not_images
 from .stage import load_params, read_yaml
 from .truth import annotation_file
 
@@ -52,9 +53,16 @@ def _hours(n, n_iters, rates):
     "Hours for a folder of n images: cutler and train with batches of 8, and once each image."
     return (2*8*n_iters*rates[0] + n*rates[1])/3600
 
+def _check_alone(root, folders):
+    names = [im['file_name'] for im in list_images(root, folders)]
+    for p in sorted(not_images(root, names)):
+        raise ValueError(f'{root/p}: holds results or ground truth, which would be learned from as images; '
+                         'move it out, or name the folders of images alone in data.train')
+
 def for_images(folder:str|Path)->tuple[dict, str]: # values of parameters, nested; lines that say so
-    "What the recipe `photos` takes from a folder; `ValueError` if it holds no image."
+    "What the recipe `photos` takes from a folder; `ValueError` if it holds no image, or what is none."
     folder = Path(folder).expanduser()
+    _check_alone(folder, ['.'])
     n = len(list_images(folder, ['.']))
     k = max(2, min(round(2*math.sqrt(n)), n//6))
     n_iters = 50*round(3*math.sqrt(n))
@@ -137,15 +145,17 @@ def listing(root:str|Path='.')->str:
 
 # %% ../nbs/97_recipes.ipynb #check_files
 def check_files(root:str|Path='.'):
-    "`ValueError` names the first file of weights or annotations that `params.yaml` asks for and that is not there."
+    "`ValueError` names the first file that `params.yaml` asks for and that is not there, or what is not an image."
     params = load_params(root)
     named = {f'{stage}.initial': params[stage]['initial'] for stage in ('cutler', 'train')}
     if params['features']['backbone']: named['features.weights'] = params['features']['weights']
     for key, name in named.items():
         if name in ('random', 'cutler', 'timm') or Path(root, name).is_file(): continue
         raise ValueError(f'params.yaml: {key} names {name}, which is not there; `u2seg download` lists what it fetches')
+    data = Path(root, params['data']['root'])
+    _check_alone(data, [f for f in params['data']['train'] if (data/f).is_dir()])
     for split in params['data']['val']:
-        path = annotation_file(Path(root, params['data']['root']), split)
+        path = annotation_file(data, split)
         if path.exists(): continue
         raise ValueError(f'params.yaml: data.val names {split}, but its ground truth {path} is not there, nor an '
                          'instances file; where there is none, say val: []')
