@@ -12,6 +12,7 @@ from u2seg import evaluate
 from u2seg.baselines import ImagePrediction, pack
 from u2seg.truth import read_truth, sound, things_only, truth_map
 from u2seg.cli import main
+from u2seg.coco import read_instances
 from u2seg.convert import convert_instances
 from u2seg.images import read_json, write_json
 from u2seg.masks import compressed, decode_rle, encode_rle, filled, write_ids
@@ -477,6 +478,65 @@ def test_images_of_an_instance_file_have_a_score_though_objects_hide_each_other(
     }
     nothing = np.array([], int)
     assert evaluate.image_pq(p, truth, evaluate.Mapping(np.array([1]), nothing, nothing)) == {1: 1, 2: 0}
+
+
+def fractions(key='segmentation'):
+    "Two objects whose corners are fractions of the image, as some tools write them; one of them is the whole image."
+    corners = [[[0.1, 0.2, 0.7, 0.2, 0.7, 0.9001, 0.1, 0.9]], [[0, 0, 1, 0, 1, 1, 0, 1]]]
+    boxes = [[0.1, 0.2, 0.6, 0.7], [0, 0, 1, 1]]
+    rows = [dict(id=i, image_id=i, category_id=1, score=0.9) for i in (1, 2)]
+    return [dict(a, **{key: x}) for a, x in zip(rows, corners if key == 'segmentation' else boxes)]
+
+
+@pytest.mark.parametrize('key', ['segmentation', 'bbox'])
+@pytest.mark.parametrize('masks', [True, False])
+def test_fractions_of_the_image_are_refused(tmp_path, key, masks):
+    write_json(tmp_path / 'labels.json', coco(annotations=fractions(key)))
+    with pytest.raises(
+        ValueError, match='labels.json: .*annotation 1 of image 1, .* in fractions of the image; pixels'
+    ):
+        read_instances(tmp_path / 'labels.json', masks=masks)
+
+
+CORNER = [[0, 0, 1, 0, 1, 1, 0, 1]]
+
+
+@pytest.mark.parametrize('polygon', [CORNER, [[0.2, 0.2, 0.9, 0.2, 0.9, 0.9]], [[40.2, 9.1, 40.6, 9.1, 40.6, 9.4]]])
+def test_tiny_objects_are_read(polygon):
+    rows = [dict(id=i, image_id=1, category_id=1, segmentation=s) for i, s in enumerate((polygon, RING), 1)]
+    tiny, square = things_only(coco(annotations=rows), 'a.json')[1]['annotations']
+    assert tiny['area'] <= 1 and square['area'] == 100
+
+
+def test_an_object_in_the_first_pixel_is_read():
+    one = dict(id=1, image_id=1, category_id=1, segmentation=CORNER, bbox=[0, 0, 1, 1])
+    assert things_only(coco(annotations=[one]), 'a.json')[1]['annotations'][0]['area'] == 1
+
+
+@pytest.mark.parametrize('verb', ['export', 'suggest', 'finetune', 'evaluate'])
+def test_verbs_name_the_file_whose_corners_are_fractions(tmp_path, capsys, monkeypatch, verb):
+    monkeypatch.chdir(tmp_path)
+    write_json('a.json', coco(annotations=fractions()))
+    write_json('whole.json', coco())
+    words = dict(
+        export=['a.json', '--format', 'yolo'],
+        suggest=['a.json'],
+        finetune=['--labels', 'a.json', '--weights', 'embedded'],
+        evaluate=['a.json', '--data', 'whole.json'],
+    )
+    assert main([verb, *words[verb]]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith('u2seg: a.json: ') and 'in fractions of the image' in err and err.count('\n') == 1
+
+
+@pytest.mark.parametrize('words', [['export', 'p.json', '--format', 'coco'], ['suggest', 'p.json']])
+def test_a_panoptic_file_where_instances_are_read_is_called_so(tmp_path, capsys, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    write_json('p.json', panoptic())
+    assert main(words) == 1
+    err = capsys.readouterr().err
+    assert err.startswith('u2seg: p.json: ') and 'panoptic file' in err and 'instances are read' in err
+    assert err.count('\n') == 1
 
 
 def test_exit_status(tmp_path, capsys):
