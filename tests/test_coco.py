@@ -2,6 +2,7 @@
 is refused in a sentence."""
 
 import copy, subprocess, sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -529,14 +530,51 @@ def test_verbs_name_the_file_whose_corners_are_fractions(tmp_path, capsys, monke
     assert err.startswith('u2seg: a.json: ') and 'in fractions of the image' in err and err.count('\n') == 1
 
 
-@pytest.mark.parametrize('words', [['export', 'p.json', '--format', 'coco'], ['suggest', 'p.json']])
-def test_a_panoptic_file_where_instances_are_read_is_called_so(tmp_path, capsys, monkeypatch, words):
+READERS = [['export', 'FILE', '--format', 'coco'], ['suggest', 'FILE'], ['suggest', 'whole.json', '--labelled', 'FILE']]
+
+
+@pytest.mark.parametrize('words', READERS)
+@pytest.mark.parametrize('name', ['p.json', 'data.yaml', 'a.png', 'nameless.json', 'scores.json'])
+def test_what_is_no_file_of_instances_is_said(tmp_path, capsys, monkeypatch, words, name):
     monkeypatch.chdir(tmp_path)
+    write_json('whole.json', coco())
     write_json('p.json', panoptic())
-    assert main(words) == 1
+    Path('data.yaml').write_text('train: images\nnames: [a]\n')
+    Image.new('RGB', (8, 8)).save('a.png')
+    write_json('nameless.json', coco(images=[dict(id=i, width=64, height=48) for i in (1, 2)]))
+    write_json('scores.json', coco(annotations=[dict(a, score='high') for a in coco()['annotations']]))
+    said = {
+        'p.json': 'a panoptic file; here instances, of masks or boxes, are read',
+        'data.yaml': "is no JSON; a COCO file (.json) is read here, YOLO's data.yaml by u2seg finetune alone",
+        'a.png': "is no JSON; a COCO file (.json) is read here, YOLO's data.yaml by u2seg finetune alone",
+        'nameless.json': 'not a COCO annotation file (image 1 has no file_name)',
+        'scores.json': 'annotation 1 of image 1: score is high, not a number',
+    }
+    assert main([name if w == 'FILE' else w for w in words]) == 1
     err = capsys.readouterr().err
-    assert err.startswith('u2seg: p.json: ') and 'panoptic file' in err and 'instances are read' in err
-    assert err.count('\n') == 1
+    assert err.startswith(f'u2seg: {name}: ') and said[name] in err and err.count('\n') == 1
+
+
+def test_a_score_that_is_null_is_none(tmp_path):
+    rows = [dict(a, score=s) for a, s in zip(coco()['annotations'], (None, '0.5'))]
+    first, second = read_instances(coco(annotations=rows))['annotations']
+    assert 'score' not in first and second['score'] == 0.5
+
+
+def test_finetune_names_the_image_without_a_file_name(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, content in (('a.json', coco()), ('p.json', panoptic())):
+        write_json(name, dict(content, images=[dict(id=i, width=64, height=48) for i in (1, 2)]))
+        Path('p').mkdir(exist_ok=True)
+        assert main(['finetune', '--labels', name, '--weights', 'embedded']) == 1
+        assert f'{name}: not a COCO annotation file (image 1 has no file_name)' in capsys.readouterr().err
+
+
+def test_suggest_says_that_all_are_labelled(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_json('a.json', coco())
+    assert main(['suggest', 'a.json', '--labelled', 'a.json']) == 1
+    assert capsys.readouterr().err == 'u2seg: not one of 2 images is without labels\n'
 
 
 def test_exit_status(tmp_path, capsys):

@@ -169,7 +169,10 @@ def test_what_cannot_be_scored_is_said_in_a_sentence(drawn, tmp_path):
     (tmp_path / 'words.json').write_text('{"a": 1}')
     for options, message in [
         (dict(predictions=tmp_path / 'few.json'), 'has no prediction for image 1 '),
-        (dict(predictions=tmp_path / 'words.json'), 'neither COCO results nor a panoptic file'),
+        (
+            dict(predictions=tmp_path / 'words.json'),
+            "words.json: not a file of predictions .it needs the list 'annotations'",
+        ),
         (dict(predictions=tmp_path), 'holds no predictions'),
         (dict(), 'name what is to be scored'),
         (dict(predictions=panoptic, weights='x'), 'name what is to be scored'),
@@ -181,3 +184,74 @@ def test_what_cannot_be_scored_is_said_in_a_sentence(drawn, tmp_path):
             evaluate_files(panoptic, weights='x', out=tmp_path / 'evaluated', **options)
     with pytest.raises(ValueError, match='no ground truth; it is looked for in'):
         evaluate_files(tmp_path, predictions=panoptic)
+
+
+BOX = dict(image_id=1, category_id=1, score=0.5, bbox=[1, 1, 50, 50])
+ONE = dict(images=[], categories=[dict(id=1, name='x')])
+
+
+@pytest.mark.parametrize(
+    'content,message',
+    [
+        ([1, 2], r'annotations\[0\] is .1., not an object'),
+        (None, 'it needs the list'),
+        (dict(annotations=None), 'it needs the list'),
+        ([dict(a=1)], r'annotations\[0\]: score is missing'),
+        ([dict(BOX, score='high')], r'annotations\[0\]: score is high'),
+        (dict(ONE, annotations=[BOX], categories=[1]), r'categories\[0\] is .1., not an object'),
+        (dict(ONE, annotations=[BOX], categories=[dict(name='x')]), r'categories\[0\] has the id None'),
+        (dict(ONE, annotations=[BOX], images=3), 'it needs the list .images.'),
+        (dict(ONE, annotations=[BOX], images=[3]), r'images\[0\] is .3., not an object'),
+        ([dict(BOX, bbox=[0.1, 0.1, 0.5, 0.5])], 'in fractions of the image'),
+    ],
+)
+@pytest.mark.parametrize('name', ['p.json', 'folder/instances.json', 'folder/panoptic.json'])
+def test_a_file_that_holds_no_predictions_is_named(drawn, tmp_path, content, message, name):
+    (tmp_path / 'folder').mkdir()
+    (tmp_path / name).write_text(json.dumps(content))
+    predictions = tmp_path / name.split('/')[0]
+    with pytest.raises(ValueError, match=f'{name}: not a file of predictions .*{message}'):
+        evaluate_files(drawn / 'scenes', predictions=predictions, out=tmp_path / 'evaluated')
+
+
+def test_no_detection_is_scored_as_none(drawn, tmp_path):
+    (tmp_path / 'p.json').write_text('[]')
+    scores, _ = evaluated(drawn / 'scenes', tmp_path, predictions=tmp_path / 'p.json')
+    assert scores['given']['mask_AP'] == 0
+
+
+OTHERS = [dict(image_id=99), dict(category_id=99), dict(category_id=[1]), dict(image_id=None)]
+
+
+@pytest.mark.parametrize('change', OTHERS)
+def test_detections_of_nothing_that_is_scored_are_warned_of(drawn, tmp_path, change):
+    (tmp_path / 'p.json').write_text(json.dumps([dict(BOX, **change)]))
+    with pytest.warns(UserWarning, match='none of 1 detections has an image and a class to score'):
+        evaluated(drawn / 'scenes', tmp_path, predictions=tmp_path / 'p.json')
+
+
+def test_predictions_of_other_images_are_warned_of(drawn, tmp_path):
+    of_others = dict(ONE, images=[dict(id=1, file_name='holiday.jpg')], annotations=[BOX])
+    (tmp_path / 'p.json').write_text(json.dumps(of_others))
+    with pytest.warns(
+        UserWarning, match='no image of the predictions, such as holiday.jpg, is one of the ground truth'
+    ):
+        evaluated(drawn / 'scenes', tmp_path, predictions=tmp_path / 'p.json')
+
+
+@pytest.mark.parametrize('annotations', [3, None, [3], []])
+def test_a_file_without_ground_truth_is_refused(tmp_path, annotations):
+    (tmp_path / 'a.json').write_text(json.dumps(dict(images=[], annotations=annotations, categories=[])))
+    (tmp_path / 'p.json').write_text('[]')
+    with pytest.raises(ValueError, match='a.json: '):
+        evaluate_files(tmp_path / 'a.json', predictions=tmp_path / 'p.json', out=tmp_path / 'evaluated')
+
+
+def test_a_map_of_other_segments_than_its_list_is_refused(drawn, tmp_path):
+    file = drawn / 'scenes' / 'annotations' / 'panoptic_val.json'
+    content = json.loads(file.read_text())
+    content['annotations'][0]['segments_info'].pop()
+    (tmp_path / 'p.json').write_text(json.dumps(content))
+    (tmp_path / 'p').symlink_to(file.with_suffix(''))
+    with pytest.raises(ValueError, match='image 1: .*p: segment .* is in the PNG, not in the JSON'):
+        evaluate_files(file, predictions=tmp_path / 'p.json', out=tmp_path / 'evaluated')

@@ -5,6 +5,8 @@ import http.server
 import os
 import pickle
 import re
+import shlex
+import socket
 import subprocess
 import sys
 import threading
@@ -16,14 +18,14 @@ import torch
 import yaml
 from PIL import Image
 
+from u2seg import cli, zoo
 from u2seg import download as D
-from u2seg import zoo
 from u2seg.checkpoints import load_weights
 from u2seg.cli import main
 from u2seg.convert import checkpoint_config
 from u2seg.cut import cut_image, load_backbone
 from u2seg.features import ViTFeatures
-from u2seg.images import read_json
+from u2seg.images import read_json, write_json
 from u2seg.model import build_model
 from u2seg.predict import U2Seg
 
@@ -437,3 +439,85 @@ def test_without_a_network_maskcut_names_a_file_that_will_do(tmp_path):
     last = run.stderr.strip().split('\n')[-1]
     assert run.returncode == 1 and last.startswith('u2seg: vit_small_patch8_224.dino: timm cannot download it')
     assert f"u2seg download dino-vits8, --backbone weights/{zoo.WEIGHTS['dino-vits8']['file']}" in last
+
+
+def test_without_a_network_maskcut_asks_once_and_says_what_for(tmp_path):
+    photo(tmp_path / 'photo.png')
+    asked = []
+    with socket.create_server(('127.0.0.1', 0)) as listener:
+        address = f'http://127.0.0.1:{listener.getsockname()[1]}'
+
+        def hang_up():
+            while True:
+                try:
+                    connection = listener.accept()[0]
+                except OSError:
+                    return
+                asked.append(connection.recv(4096).split(b'\r\n')[0].decode())
+                connection.close()
+
+        threading.Thread(target=hang_up, daemon=True).start()
+        env = {k: v for k, v in os.environ.items() if not k.lower().endswith('_proxy') and k != 'HF_HUB_OFFLINE'}
+        env |= dict(HF_ENDPOINT=address, HF_HOME=str(tmp_path / 'hub'), PYTHONPATH=str(root))
+        command = [sys.executable, '-m', 'u2seg.cli', 'maskcut', 'photo.png']
+        run = subprocess.run(command, cwd=tmp_path, env=env, text=True, capture_output=True)
+    file = '/timm/vit_small_patch8_224.dino/resolve/main/model.safetensors'
+    assert [line for line in asked if '/timm/' in line] == [f'HEAD {file} HTTP/1.1'], asked
+    assert (run.returncode, run.stdout) == (1, f'vit_small_patch8_224.dino: fetching {address}{file}\n')
+    assert run.stderr.startswith('u2seg: vit_small_patch8_224.dino: timm cannot download it; a file will do: ')
+    assert run.stderr.count('\n') == 1
+
+
+def as_command(folder, *words):
+    "Exit status, stdout and stderr of the command line in a process of its own; pytest keeps warnings to itself."
+    command, env = [sys.executable, '-m', 'u2seg.cli', *words], os.environ | dict(PYTHONPATH=str(root), PYTHONUTF8='1')
+    run = subprocess.run(command, cwd=folder, env=env, capture_output=True)
+    return run.returncode, run.stdout, run.stderr.decode()
+
+
+def test_a_warning_is_one_line_and_a_name_is_printed_as_it_is(tmp_path):
+    images = [dict(id=i, file_name=name, height=9, width=9) for i, name in enumerate(('a.jpg', '\udcff.jpg'), 1)]
+    boxes = [dict(id=i, image_id=i % 2 + 1, category_id=1, bbox=[1, 1, 4, w]) for i, w in enumerate((4, 4, -1), 1)]
+    write_json(tmp_path / 'a.json', dict(images=images, annotations=boxes, categories=[dict(id=1, name='x')]))
+    warning = 'warning: a.json: 1 of 3 annotations left out; annotation 3 of image 2: a box of [1, 1, 4, -1]\n'
+    assert as_command(tmp_path, 'suggest', 'a.json', '--n', '2') == (0, b'a.jpg\n\xff.jpg\n', warning)
+
+
+@pytest.mark.parametrize(
+    'words',
+    [
+        ['predict', 'photo.png', '--weights', ''],
+        ['predict', 'photo.png', '--out', ''],
+        ['maskcut', 'photo.png', '--device', ''],
+        ['evaluate', '', '--data', 'x'],
+        ['export', 'x', '--format', 'yolo', '--images', ''],
+        ['suggest', 'x', '--labelled', ''],
+        ['finetune', '--labels', '', '--weights', 'x'],
+    ],
+)
+def test_an_empty_word_of_a_shell_is_named(words, capsys):
+    name = words[words.index('') - 1]
+    name = 'predictions' if name == 'evaluate' else name.lstrip('-')
+    assert main(words) == 1
+    assert capsys.readouterr().err == f'u2seg: {name} is empty\n'
+
+
+@pytest.mark.parametrize('verb', cli._EXAMPLES)
+def test_each_help_ends_with_examples_that_are_right(verb, capsys):
+    for example in cli._EXAMPLES[verb]:
+        assert cli.parser().parse_args(shlex.split(example)[1:]).fn.__name__ == verb
+    with pytest.raises(SystemExit):
+        main([verb, '--help'])
+    assert capsys.readouterr().out.endswith('examples:\n  ' + '\n  '.join(cli._EXAMPLES[verb]) + '\n')
+
+
+@pytest.mark.parametrize('verb', ['predict', 'maskcut', 'export', 'finetune'])
+def test_help_says_what_becomes_of_a_folder_that_is_there(verb, capsys):
+    with pytest.raises(SystemExit):
+        main([verb, '--help'])
+    assert ' call goes on there' in ' '.join(capsys.readouterr().out.split())
+
+
+def test_each_verb_of_a_user_has_examples():
+    users = ['predict', 'maskcut', 'evaluate', 'download', 'convert', 'name', 'export', 'suggest', 'finetune']
+    assert {*users} <= cli._EXAMPLES.keys()

@@ -8,10 +8,12 @@ __all__ = ['run', 'check', 'dvc', 'use', 'publish', 'table', 'times', 'sweep', '
 
 # %% ../nbs/95_cli.ipynb #imports
 import argparse
+import contextlib
 import difflib
 import re
 import shlex
 import sys
+import warnings
 from pathlib import Path
 
 from .label_verbs import count, export, finetune, label_verbs, suggest
@@ -89,7 +91,7 @@ def predict(images:list[str], weights:str|None=None, out:str='segmented', score:
     others = '' if weights else f'; for photographs: --weights {", ".join(zoo.MODELS[1:4])} (u2seg download lists all)'
     weights = weights or zoo.default_weights()
     print(f'{zoo.about(weights)}{others}', flush=True)
-    if warning := zoo.unlike(weights, files): print(f'u2seg: warning: {warning}', file=sys.stderr, flush=True)
+    if warning := zoo.unlike(weights, files): print(f'warning: {warning}', file=sys.stderr, flush=True)
     n = predict_folder(files, weights, out, score=score, batch_size=batch_size, device=device)
     counts = f"{count(n['images'], 'image')}, {count(n['instances'], 'object')}"
     print(f'{counts}: {out}/overlay, {out}/panoptic.json, {out}/instances.json')
@@ -155,22 +157,22 @@ def _pipeline_verbs(verb):
 
 # %% ../nbs/95_cli.ipynb #image_verbs
 _DEVICE = 'cpu, cuda, cuda:1, ... (default: a GPU if there is one)'
+_GROWS = 'a second call goes on there, and adds other images'
 
 def _image_verbs(verb):
     v = verb(predict)
     v.add_argument('images', nargs='+', help='images, folders or patterns')
     v.add_argument('--weights', help='a name that u2seg download lists, or a folder with model.safetensors and '
                    'model.yaml (default: out/train if there is one, else embedded)')
-    v.add_argument('--out', default='segmented',
-                   help='folder for the results (default: segmented); a second call goes on, and adds other images')
+    v.add_argument('--out', default='segmented', help=f'folder for the results (default: segmented); {_GROWS}')
     v.add_argument('--score', type=float, help='least score of an object (default: the thresholds of the model)')
     v.add_argument('--batch-size', type=int, help='images at a time (default: found from the memory)')
     v.add_argument('--device', help=_DEVICE)
     v = verb(maskcut)
     v.add_argument('images', nargs='+', help='images, folders or patterns')
     v.add_argument('--backbone', default='vit_small_patch8_224.dino',
-                   help='timm\'s name of a ViT, or a file of DINO (default: vit_small_patch8_224.dino)')
-    v.add_argument('--out', default='cut', help='folder for the results (default: cut)')
+                   help='timm\'s name of a ViT, fetched once, or a file of DINO (default: vit_small_patch8_224.dino)')
+    v.add_argument('--out', default='cut', help=f'folder for the results (default: cut); {_GROWS}')
     v.add_argument('--size', type=int, help='px of both sides that the ViT sees (default: by its family; DINO: 480)')
     v.add_argument('--tau', type=float, help='threshold of the cosine (default: by its family; DINO: .15)')
     v.add_argument('--n-masks', type=int, default=3, help='most masks an image (default: 3)')
@@ -181,11 +183,11 @@ def _image_verbs(verb):
 # %% ../nbs/95_cli.ipynb #evaluate_verb
 def _evaluate_verb(v):
     v.add_argument('predictions', nargs='?',
-                   help='a folder as u2seg predict writes it, or a panoptic or instance .json')
+                   help='a folder as u2seg predict writes it, a panoptic or instance .json, or COCO results')
     v.add_argument('--data', required=True,
-                   help='a folder of images with annotations/ beside it, or an annotation file')
+                   help='a folder of images with annotations/ beside it or in it, or an annotation file')
     v.add_argument('--weights', help='a model in place of predictions, as for u2seg predict')
-    v.add_argument('--out', default='evaluated', help='folder for scores.json (default: evaluated)')
+    v.add_argument('--out', default='evaluated', help='folder for scores.json, written anew (default: evaluated)')
     v.add_argument('--classes', choices=['given', 'supercategories'], help="COCO's stuff as it is, or as the paper "
                    "joins it (default: given; for the weights that the paper has scored: supercategories)")
     v.add_argument('--n-images', type=int, help='so many images, evenly spaced (default: all)')
@@ -213,6 +215,10 @@ _EXAMPLES = dict(
               'u2seg evaluate segmented --data data/coco/val2017'],
     download=['u2seg download', 'u2seg download dino', 'u2seg download coco --out data/coco'],
     convert=['u2seg convert model_final.pth --out model'],
+    name=['u2seg name', 'u2seg name --csv names.csv'],
+    export=['u2seg export segmented --format yolo --link'],
+    suggest=['u2seg suggest segmented --n 20', 'u2seg suggest segmented --labelled labels.json'],
+    finetune=['u2seg finetune --labels labels.json --weights u2seg-800'],
     sweep=['u2seg sweep copy_paste --jobs 2'])
 
 class _Parser(argparse.ArgumentParser):
@@ -256,7 +262,19 @@ def parser()->argparse.ArgumentParser:
     for v in (p, *verbs.choices.values()): v.words = [*verbs.choices, *options]
     return p
 
+# %% ../nbs/95_cli.ipynb #console
+def _line(message, *_): return f'warning: {" ".join(str(message).split())}\n'
+
+@contextlib.contextmanager
+def _console():
+    "Warnings of one line; names of files as they are."
+    own, warnings.formatwarning = warnings.formatwarning, _line
+    if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(errors='surrogateescape')
+    try: yield
+    finally: warnings.formatwarning = own
+
 # %% ../nbs/95_cli.ipynb #main
+@_console()
 def main(argv:list[str]|None=None)->int: # exit status
     "Run the command line; a user's mistake is one sentence."
     argv = sys.argv[1:] if argv is None else argv
@@ -265,6 +283,7 @@ def main(argv:list[str]|None=None)->int: # exit status
     try:
         if fn in (run, dvc, use, publish, sweep) and not (Path('nbs').is_dir() or Path('configs').is_dir()):
             raise ValueError('neither nbs/ nor configs/ is here: run this in the folder of the repository')
+        if empty := [k for k, v in args.items() if v == '']: raise ValueError(f'{empty[0]} is empty')
         fn(**args)
     except (ValueError, OSError) as e:    # OSError: a full or read-only disk is not the program's fault
         print(f'u2seg: {e}', file=sys.stderr)

@@ -13,6 +13,8 @@ from importlib import import_module
 from pathlib import Path
 
 import timm
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.utils import HfHubHTTPError
 
 from .families import family
 from .features import ViTFeatures, from_file, weights_digest
@@ -48,6 +50,15 @@ def load_backbone(backbone:str|Path, # timm's name; a file of DINO; or a file th
     return ViTFeatures(vit, backbone, interpolation='dino')
 
 # %% ../nbs/66_cut.ipynb #downloaded
+def _ask(name): # `OSError` if nobody answers for the weights of a model of timm that are not here
+    repo, files = timm.get_pretrained_cfg(name).hf_hub_id, ('model.safetensors', 'pytorch_model.bin')
+    if not repo or any(isinstance(try_to_load_from_cache(repo, f), str) for f in files): return
+    url = hf_hub_url(repo, files[0])
+    print(f'{name}: fetching {url}', flush=True)
+    try: get_hf_file_metadata(url)
+    except HfHubHTTPError: pass
+    except Exception as e: raise ConnectionError(str(e)) from None    # of whatever library asks
+
 def _downloaded(name): # by timm
     known = import_module('u2seg.zoo').WEIGHTS.get(name, dict(what=''))
     if known['what'].startswith('DINO ViT'):
@@ -55,7 +66,9 @@ def _downloaded(name): # by timm
     if not timm.is_model(name): raise ValueError(f'{name}: neither a file of weights nor a model of timm')
     own = family(name)
     interpolation = 'dino' if own and own.name == 'DINO' else 'timm'       # of positions, as the family's code does it
-    try: return ViTFeatures(name, 'timm', interpolation=interpolation)
+    try:
+        _ask(name)
+        return ViTFeatures(name, 'timm', interpolation=interpolation)
     except OSError as e:
         way_out = 'a file will do: u2seg download dino-vits8, --backbone weights/dino_deitsmall8_300ep_pretrain.pth'
         why = re.split(r'(?<=[.]) |$', str(e), maxsplit=1, flags=re.M)[0]       # its first sentence

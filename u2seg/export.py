@@ -29,6 +29,7 @@ from .masks import write_ids
 from .names import as_yaml
 from .polygons import joined, polygons
 from .predictions import instances_of, map_of, Predictions, read_predictions
+from .result_folder import result_folder
 from .shards import sharded
 
 # %% ../nbs/67_export.ipynb #coco
@@ -201,7 +202,7 @@ def _claim(out, key):
     old = read_json(note) if note.is_file() else key
     if other := next((k for k in key if old.get(k) != key[k]), None):
         raise ValueError(f'{out}: holds an export with another {other}; name another folder, or delete this one')
-    if out.is_file() or out.is_dir() and not note.is_file() and any(out.iterdir()):
+    if out.is_dir() and not note.is_file() and any(out.iterdir()):
         raise ValueError(f'{out}: is not empty; name a folder for the export alone')
     write_json(note, key)
 
@@ -217,7 +218,7 @@ def export(source:str|Path,    # see `read_predictions`
            )->dict:            # counts: images, objects
     "Write predictions in the form of a tool; called again after a kill, it goes on."
     _check_options(fmt, score, loss, link)
-    p, out = read_predictions(source, images), Path(out)
+    p, out = read_predictions(source, images), result_folder(out)
     _check_images(p.images, link)
     splits = split_of([im['file_name'] for im in p.images], val)
     items = [dict(im, split=s, number=i) for i, (im, s) in enumerate(zip(p.images, splits))]

@@ -22,12 +22,14 @@ from .batches import Batches
 from .checkpoints import load_weights, save_weights
 from .evaluate import Mapping, count_votes, name_clusters, score
 from .fewshot import LabelledImages
+from .fields import is_panoptic, named, Source
 from .forms import by_digest, read_yolo
 from .images import read_json, write_json
 from .matching import file_hash
 from .model import build_model, read_config
 from .optim import CLASS_LAYERS
 from .predict import _locate, check_device
+from .result_folder import result_folder
 from .segments import read_panoptic
 from .show import Picture, save_figure
 from .solver import Solver
@@ -47,19 +49,16 @@ def held_out(names:list[str], # file names
 # %% ../nbs/99_finetune.ipynb #read
 def _read(path)->GroundTruth:
     coco = read_yolo(path) if path.suffix in ('.yaml', '.yml') else read_json(path)
-    annotations = coco.get('annotations') if isinstance(coco, dict) else None
-    first = annotations[0] if isinstance(annotations, list) and annotations else None
-    if not isinstance(first, dict) or 'segments_info' not in first:
+    if not is_panoptic(coco):
         panoptic, instances = things_only(coco, path)
+        named(panoptic['images'], Source(path))
         return GroundTruth(path.name, panoptic, painter(instances), instances)
     maps = path.with_suffix('')
     if not maps.is_dir(): raise ValueError(f'{maps}: no such folder with the maps of {path.name}')
     panoptic = read_panoptic(coco, name=path)
     annotations = sorted(panoptic['annotations'], key=lambda a: a['image_id'])
     image = {im['id']: im for im in panoptic.get('images', [])}
-    if missing := [a for a in annotations if 'file_name' not in image.get(a['image_id'], {})]:
-        raise ValueError(f"{path}: image {missing[0]['image_id']} has no file_name")
-    images = [image[a['image_id']] for a in annotations]
+    images = named([image.get(a['image_id'], dict(id=a['image_id'])) for a in annotations], Source(path))
     categories = sorted(panoptic['categories'], key=lambda c: c['id'])
     return GroundTruth(path.name, panoptic.but(images=images, annotations=annotations, categories=categories), maps)
 
@@ -239,7 +238,7 @@ def finetune(labels:str|Path,           # see `read_labels`
              seed:int=0, device:str|None=None,
              )->dict:                   # n_train, n_held_out, plan, before, rounds, after, curve
     "Fine-tune a model on labelled images; called again after a kill, it goes on."
-    file, out, device = _weight_file(weights), Path(out), check_device(device)
+    file, out, device = _weight_file(weights), result_folder(out), check_device(device)
     config = read_config(file.with_name('model.yaml'))
     train, val, root = _halves(labels, images, fraction)
     n, folder = len(train.images), out/'.work'/file_hash(labels)[:16]

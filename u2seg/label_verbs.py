@@ -56,12 +56,14 @@ def finetune(labels:str, weights:str, out:str='finetuned', images:str|None=None,
     print(f"{count(r['n_held_out'], 'held-out image')}; the model: {out}, u2seg predict --weights {out} uses it")
 
 # %% ../nbs/95_label_verbs.ipynb #label_verbs
+_GOES_ON = 'the same call goes on there'
+
 def label_verbs(verb): # `verb(function)` adds a verb and gives its parser
     "Add the verbs `export`, `suggest` and `finetune` to the command line."
     v = verb(export)
     v.add_argument('predictions', help='a folder of u2seg predict, out/panoptic, or a file of COCO instances')
     v.add_argument('--format', required=True, help='coco, coco-panoptic, yolo, label-studio, cvat, voc or png')
-    v.add_argument('--out', default='exported', help='folder of its own (default: exported)')
+    v.add_argument('--out', default='exported', help=f'folder of its own (default: exported); {_GOES_ON}')
     v.add_argument('--images', help='folder of the images, if the predictions do not know it')
     v.add_argument('--score', type=float, default=.5, help='least score of an object (default: 0.5)')
     v.add_argument('--loss', type=float, default=.005, help='most of the IoU a polygon may lose (default: 0.005)')
@@ -70,14 +72,14 @@ def label_verbs(verb): # `verb(function)` adds a verb and gives its parser
     v = verb(suggest)
     v.add_argument('predictions', help='a folder of u2seg predict, or a file of COCO instances')
     v.add_argument('--n', type=int, help='images (default: 20, or all if fewer are left)')
-    v.add_argument('--labelled', help='labels that exist: their images count, and are not suggested')
+    v.add_argument('--labelled', help='COCO instances that exist: their images count, and are not suggested')
     v = verb(finetune)
     v.add_argument('--labels', required=True, help='COCO instances or panoptic, .json; or data.yaml of YOLO')
-    v.add_argument('--weights', required=True, help='a model folder, a file of weights, or a name')
-    v.add_argument('--out', default='finetuned', help='folder for the model (default: finetuned)')
+    v.add_argument('--weights', required=True, help='a folder or file of a model, or a name that u2seg download lists')
+    v.add_argument('--out', default='finetuned', help=f'folder for the model (default: finetuned); {_GOES_ON}')
     v.add_argument('--images', help='folder of the images (default: that of the labels)')
     v.add_argument('--sizes', type=int, nargs='+', default=[], help='numbers of images to try as well, for the curve')
     v.add_argument('--n-iters', type=int, help='iterations (default: from the number of images)')
     v.add_argument('--lr', type=float, help='learning rate (default: from the batch and the network)')
-    v.add_argument('--seed', type=int, default=0, help='(default: 0)')
+    v.add_argument('--seed', type=int, default=0, help='of the random numbers (default: 0)')
     v.add_argument('--device', help='cpu, cuda, ... (default: a GPU if there is one)')

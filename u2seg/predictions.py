@@ -15,7 +15,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from .coco import read_instances
-from .fields import number
+from .fields import named, number, Source
 from .forms import flat_names
 from .images import read_image, read_json
 from .masks import by_image, decode_rle, read_ids
@@ -82,7 +82,7 @@ def read_predictions(source:str|Path,           # a folder of `u2seg predict`, `
     source = source/'instances.json' if source.is_dir() else source
     coco = read_instances(source)
     root = _folder_of(source, images)
-    entries = [dict(im, path=os.path.abspath(root/im['file_name'])) for im in coco['images']]
+    entries = [dict(im, path=os.path.abspath(root/im['file_name'])) for im in named(coco['images'], Source(source))]
     if not entries: raise ValueError(f'{source}: lists no image')
     for im in entries:
         if not {'height', 'width'} <= im.keys(): raise ValueError(f"{source}: image {im['id']} has no width and height")

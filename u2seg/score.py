@@ -8,6 +8,7 @@ __all__ = ['WAYS', 'find_truths', 'Predictions', 'read_predictions', 'model_outp
 
 # %% ../nbs/89_score.ipynb #imports
 import shutil
+import warnings
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,20 +17,21 @@ import numpy as np
 
 from .baselines import ImagePrediction, _complete, pack, predict_methods
 from .classes import COCO_PANOPTIC, STUFF15, supercategories
+from .coco import predictions_file
 from .evaluate import (
     _confusion, _iou_types, _panoptic_scores, _scored_instances, Mapping, count_votes, label_counts, name_clusters,
     score, score_agnostic)
-from .fields import image_key
+from .fields import image_key, is_panoptic, read_coco
 from .folder import _digest
-from .images import read_json, write_json
-from .masks import mask_to_box, read_ids
+from .images import write_json
+from .masks import mask_to_box, read_ids, whole
 from .matching import map_instances
 from .metrics import class_ap, remap, semantic_scores
 from .paper import WEIGHTS, paper_column
 from .predict import _check_batch_size, U2Seg
 from .result_folder import result_folder
 from .results import COLUMNS
-from .segments import read_panoptic
+from .segments import check_segments, read_panoptic
 from .semantic import read_semantic
 from .truth import GroundTruth, _some, annotation_file, painter, read_truth, sound, things_only
 
@@ -51,9 +53,8 @@ def find_truths(data:str|Path,       # a folder of images, a folder with annotat
                      f'{data/"annotations"}, as panoptic_SPLIT.json or instances_SPLIT.json')
 
 def _of_file(path, *, n_images=None, classes='given'):
-    coco = read_json(path)
-    notes = coco.get('annotations', [])[:1] if isinstance(coco, dict) else []
-    if notes and 'segments_info' not in notes[0]:
+    coco = read_coco(path)
+    if not is_panoptic(coco):
         panoptic, source = things_only(coco, path)
         return GroundTruth(path.stem, _some(panoptic, path, '.', n_images, None), painter(source), source)
     panoptic = read_panoptic(coco, name=path)
@@ -93,6 +94,8 @@ def _match_images(images, truth):
         near = of_stem[Path(name).stem] if name else []
         same = [t['id'] for t in near if _path(t['file_name']).endswith(_path(name))]
         if len(same) == 1: out[image_key(im['id'])] = same[0]
+    if not out and (names := [im['file_name'] for im in images or [] if im.get('file_name')]):
+        warnings.warn(f'no image of the predictions, such as {names[0]}, is one of the ground truth by name; ids count')
     return out or {**{k: n for k, n in truth.panoptic.ids.items() if n in own}, **own}
 
 # %% ../nbs/89_score.ipynb #panoptic_predictions
@@ -102,8 +105,9 @@ def _panoptic(coco, folder, truth, numbers, things, stuff):
     out = {}
     own = truth.panoptic.but(categories=coco.get('categories', truth.panoptic['categories']))
     own.ids = {i: i for i in numbers}
-    for a in read_panoptic(coco, own)['annotations']:
-        ids = read_ids(Path(folder)/a['file_name'])
+    for a in read_panoptic(coco, own, name=f'{folder}.json')['annotations']:
+        ids = read_ids(Path(folder)/str(a['file_name']))
+        check_segments(ids, a, folder)
         segments = [dict(s, category_id=index[s['category_id']]) for s in a['segments_info']]
         of_stuff = {s['id']: max(s['category_id'] - len(things), 0) for s in segments}
         labels = pack(remap(ids, of_stuff, other=0).astype(np.uint8))
@@ -128,27 +132,24 @@ def _semantic(folder, truth, categories):
     return _whole(out, truth, folder)
 
 # %% ../nbs/89_score.ipynb #instances_predictions
-def _instances(rows, truth, numbers, things):
+def _instances(detections, truth, numbers, things):
     "Image id -> detections of the categories that are known, category_id = cluster + 1."
     index, out = {c: i for i, c in enumerate(things, 1)}, defaultdict(list)
-    for a in rows:
-        i = numbers.get(image_key(a.get('image_id')))
-        if i is not None and a.get('category_id') in index:
-            out[i].append(dict(a, image_id=i, category_id=index[a['category_id']]))
+    for a in detections:
+        i, category = numbers.get(image_key(a.get('image_id'))), whole(a.get('category_id'))
+        if i is not None and category in index: out[i].append(dict(a, image_id=i, category_id=index[category]))
+    if detections and not out: warnings.warn(f'none of {len(detections)} detections has an image and a class to score')
     return out
 
 # %% ../nbs/89_score.ipynb #files
 def _files(path): # panoptic JSON, instance JSON, whether there are semantic maps
     if path.is_dir():
-        files = {name: read_json(p) for name in ('panoptic', 'instances') if (p := path/f'{name}.json').is_file()}
+        files = {k: predictions_file(p) for k in ('panoptic', 'instances') if (p := path/f'{k}.json').is_file()}
         semantic = (path/'semantic').is_dir()
         if files or semantic: return files.get('panoptic'), files.get('instances'), semantic
         raise ValueError(f'{path}: holds no predictions; panoptic.json, instances.json or the folder semantic is read')
-    content = read_json(path)
-    rows = content.get('annotations') if isinstance(content, dict) else content
-    if not isinstance(rows, list): raise ValueError(f'{path}: neither COCO results nor a panoptic file')
-    is_panoptic = bool(rows) and isinstance(rows[0], dict) and 'segments_info' in rows[0]
-    return (content, None, False) if is_panoptic else (None, content, False)
+    coco = predictions_file(path)
+    return (coco, None, False) if is_panoptic(coco) else (None, coco, False)
 
 # %% ../nbs/89_score.ipynb #read_predictions
 def read_predictions(path:str|Path,        # a folder, or a panoptic or instance file
@@ -157,18 +158,17 @@ def read_predictions(path:str|Path,        # a folder, or a panoptic or instance
                      )->Predictions:
     "Predictions from files; `ValueError` names the file, and the image that is missing."
     path = Path(path)
-    panoptic, rows, semantic = _files(path)
-    given = next((x['categories'] for x in (panoptic, rows) if isinstance(x, dict) and 'categories' in x), None)
-    things, stuff, mapping = _categories(given, truth, clusters)
-    images = next((x['images'] for x in (panoptic, rows) if isinstance(x, dict) and 'images' in x), None)
-    numbers = _match_images(images, truth)
+    panoptic, instances, semantic = _files(path)
+    def first(key): return next((x[key] for x in (panoptic, instances) if x and key in x), None)
+    things, stuff, mapping = _categories(first('categories'), truth, clusters)
+    numbers = _match_images(first('images'), truth)
     parts, n_stuff = {im['id']: {} for im in truth.images}, len(stuff)
     if panoptic:
         folder = path/'panoptic' if path.is_dir() else path.with_suffix('')
         parts = _panoptic(panoptic, folder, truth, numbers, things, stuff)
     elif semantic: parts, n_stuff = _semantic(path/'semantic', truth, [*stuff, *things]), len(stuff) + len(things)
-    if rows:
-        found = _instances(rows['annotations'] if isinstance(rows, dict) else rows, truth, numbers, things)
+    if instances:
+        found = _instances(instances['annotations'], truth, numbers, things)
         for i in parts: parts[i]['instances'] = found[i]
     return Predictions({i: ImagePrediction(**p) for i, p in parts.items()}, len(things), n_stuff, mapping)
 
@@ -282,6 +282,7 @@ def evaluate_files(data:str|Path,                      # as of `find_truths`
     truths = _truths_as_scored(data, weights, classes, n_images)
     model = U2Seg.from_pretrained(weights, device=device) if weights else None
     for root, truth in truths:
+        if not truth.images: raise ValueError(f'{data}: has no image with ground truth')
         if model: truth = sound(truth, root)
         found = (model_outputs(model, root, truth, folder=work, batch_size=batch_size) if model
                  else read_predictions(predictions, truth, clusters=clusters))

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from .coco import read_instances
+from .fields import named, opened
 
 # %% ../nbs/59_suggest.ipynb #evidence
 def evidence(instances:str|Path|dict # COCO instances with scores
@@ -23,7 +24,7 @@ def evidence(instances:str|Path|dict # COCO instances with scores
     for a in coco['annotations']:
         s = float(a.get('score', 1))
         out[row[a['image_id']], column[a['category_id']]] += s + 4*s*(1 - s)
-    return out, coco['images']
+    return out, named(coco['images'], opened(instances)[1])
 
 # %% ../nbs/59_suggest.ipynb #labelled_images
 def labelled_images(labels:str|Path|dict # COCO instances
@@ -31,7 +32,7 @@ def labelled_images(labels:str|Path|dict # COCO instances
     "The images with a label."
     coco = read_instances(labels, masks=False)
     ids = {a['image_id'] for a in coco['annotations']}
-    return [im['file_name'] for im in coco['images'] if im['id'] in ids]
+    return [im['file_name'] for im in named(coco['images'], opened(labels)[1]) if im['id'] in ids]
 
 # %% ../nbs/59_suggest.ipynb #suggest
 def worth(a:np.ndarray,      # of `evidence`
@@ -50,6 +51,7 @@ def suggest(instances:str|Path|dict, # COCO instances with scores
     if done and done.isdisjoint(names):
         raise ValueError(f'not one of the {len(done)} labelled images, such as {min(done)}, is among the predictions')
     free = np.array([name not in done for name in names], bool)
+    if not free.any(): raise ValueError(f'not one of {len(names)} images is without labels')
     if n is None: n = min(20, int(free.sum()))
     if not 1 <= n <= free.sum():
         raise ValueError(f'n must lie in 1 ... {free.sum()}, the number of images without labels, got {n}')
