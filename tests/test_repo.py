@@ -308,6 +308,26 @@ sys.exit(cli.main(['evaluate', 'segmented', '--data', 'data']))
     assert p.stderr.count('\n') == 1
 
 
+def test_all_code_is_in_the_grammar_of_python_3_10():
+    "What 3.11 to 3.13 added is refused; nested quotes in an f-string by every interpreter before 3.12."
+
+    def refused(source):
+        try:
+            ast.parse(source, feature_version=(3, 10))
+        except SyntaxError as e:
+            return str(e)
+
+    assert refused('try: pass\nexcept* ValueError: pass') and refused('def f[T](x: T): pass')
+    assert sys.version_info >= (3, 12) or refused("f'{x['a']}'")
+    files = [p for folder in ('u2seg', 'tests', 'benchmarks') for p in (root / folder).glob('*.py')]
+    sources = {p.name: p.read_text() for p in files}
+    for path in notebooks:
+        for cell in nbformat.read(path, 4).cells:
+            if cell.cell_type == 'code' and not re.search(r'(?m)^ *[%!]', cell.source):
+                sources[path.name, cell['id']] = cell.source
+    assert {name: e for name, source in sources.items() if (e := refused(source))} == {} and len(sources) > 2000
+
+
 def test_each_pin_runs_on_every_python_that_its_marker_admits():
     "pip would otherwise look for another version of everything until it gives up."
     from importlib.metadata import PackageNotFoundError, distribution
