@@ -1,11 +1,11 @@
-"""A recipe rehearsed before its data and its GPUs are at hand: the time, memory and disk of each stage, by image.
+"""A recipe rehearsed before its data and its GPUs are at hand: the time and memory of each stage, by image.
 
     python benchmarks/recipe.py coco --images 8 16 32      # writes benchmarks/results/recipe.md
 
 The images are drawn, in COCO's layout and size: 640 x 480, 133 categories, crowds, COCO-Stuff's maps. The weights are
 random, in the files of their publishers. The recipe is that of `configs/`, with the reductions of `REDUCED`: a few
 iterations. The networks are small, too, because theirs is a GPU's time, which benchmarks/gpu.py measures (`--full`:
-the recipe's own). So what is measured is the CPU's part, memory and disk. Each stage runs by its own command; its
+the recipe's own). So what is measured is the CPU's part and memory. Each stage runs by its own command; its
 costs at three numbers of images give a slope, and that times COCO's 118,287 an estimate.
 """
 
@@ -156,27 +156,25 @@ def run_stage(root, stage):
 
 
 def slope(n_images, values):
-    "Growth by image, and what is there without images: a line through the measurements."
-    return np.polyfit(n_images, values, 1) if len(n_images) > 1 else (0.0, values[0])
+    "Growth by image: of a line through the measurements."
+    return np.polyfit(n_images, values, 1)[0] if len(n_images) > 1 else 0.0
 
 
 def report(recipe, sizes, rows, changes):
-    "Markdown: what was reduced, each stage at each size, its slopes and what they make of COCO's 118,287 images."
+    "Markdown: what was reduced, each stage at each size, its slope and what that makes of COCO's 118,287 images."
     lines = heading(f'The recipe {recipe}, rehearsed', 1, ['torch', 'timm'], 'Each stage by its own command.')
     lines += ['Reduced: ' + '; '.join(f'{k}: {v}' for k, v in changes.items()) + '.', '']
     lines += ['Training runs a few iterations, so its slopes are those of reading, detecting and scoring alone.', '']
+    lines += ['Memory and files are not extrapolated: of so few images not one batch, block or shard is full.', '']
     names = ' / '.join(map(str, sizes))
-    lines += [
-        f'| stage | CPU s at {names} images | GB | CPU s by image | MB by image | at 118,287: core-hours | GB | MB |'
-    ]
-    lines += ['|:--|--:|--:|--:|--:|--:|--:|--:|']
+    lines += [f'| stage | CPU s at {names} images | GB | CPU s by image | core-hours at {N_TRAIN:,} |']
+    lines += ['|:--|--:|--:|--:|--:|']
     for stage in dict.fromkeys(r['stage'] for r in rows):
         own = [r for r in rows if r['stage'] == stage]
-        (cpu, _), (mb, mb0) = (slope(sizes, [r[k] for r in own]) for k in ('cpu', 'mb'))
-        gb, gb0 = slope(sizes, [r['gb'] for r in own])
+        cpu = slope(sizes, [r['cpu'] for r in own])
         measured = [' / '.join(f'{r["cpu"]:.0f}' for r in own), ' / '.join(f'{r["gb"]:.2f}' for r in own)]
-        whole = [f'{cpu * N_TRAIN / 3600:.0f}', f'{gb0 + max(gb, 0) * N_TRAIN:.1f}', f'{mb0 + mb * N_TRAIN:.0f}']
-        lines.append(f'| {" | ".join([stage, *measured, f"{cpu:.2f}", f"{mb:.3f}", *whole])} |')
+        whole = f'{cpu * N_TRAIN / 3600:.0f}' if cpu > 0 else ''
+        lines.append(f'| {" | ".join([stage, *measured, f"{cpu:.2f}", whole])} |')
     return '\n'.join(lines) + '\n'
 
 

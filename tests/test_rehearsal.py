@@ -32,6 +32,8 @@ def test_the_weights_are_in_the_files_of_their_publishers(root):
 
 def test_costs_grow_with_the_images():
     sizes, true = [16, 32, 64], 0.5
-    rows = [dict(stage='maskcut', wall=1, cpu=10 + true * n, gb=1 + n / 1e6, mb=n / 10) for n in sizes]
-    line = recipe.report('coco', sizes, rows, {}).splitlines()[-1]
-    assert line == '| maskcut | 18 / 26 / 42 | 1.00 / 1.00 / 1.00 | 0.50 | 0.100 | 16 | 1.1 | 11829 |'
+    rows = [dict(stage='maskcut', wall=1, cpu=10 + true * n, gb=1 + n / 1e6) for n in sizes]
+    rows += [dict(stage='report', wall=1, cpu=6 - n / 100, gb=1) for n in sizes]
+    lines = recipe.report('coco', sizes, rows, {}).splitlines()[-2:]
+    assert lines[0] == '| maskcut | 18 / 26 / 42 | 1.00 / 1.00 / 1.00 | 0.50 | 16 |'
+    assert lines[1] == '| report | 6 / 6 / 5 | 1.00 / 1.00 / 1.00 | -0.01 |  |'  # nothing grows
