@@ -3,8 +3,9 @@
 # make lab     JupyterLab on the notebooks
 # make docs    the notebooks as a book, under _docs/site
 # make nightly 100,000 fuzzed files instead of 4,000; where detectron2 is installed, 20 images at full size through both engines;
-#              the recipe coco rehearsed on drawn images: benchmarks/results/recipe.md; and every stage stopped at
-#              random moments through `dvc repro`: benchmarks/results/stops.md
+#              the recipe coco rehearsed on drawn images: benchmarks/results/recipe.md; the road of own photographs, from
+#              `u2seg use photos` to a fine-tuned model: benchmarks/results/photos.md; and every stage stopped at random
+#              moments through `dvc repro`: benchmarks/results/stops.md
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -27,6 +28,7 @@ test: $(VENV)/installed
 nightly: $(VENV)/installed
 	OMP_NUM_THREADS=1 U2SEG_THREADS=1 U2SEG_FUZZ=100000 U2SEG_SLOW=1 python -m pytest -q --instafail -n 2 --timeout 0 tests/test_fuzz.py tests/test_detectron2_parity.py
 	python benchmarks/recipe.py coco
+	python benchmarks/photos.py --work $$(mktemp -d)/work
 	python benchmarks/stops.py --hosts --out benchmarks/results/stops.md
 
 lab: $(VENV)/installed

@@ -141,18 +141,23 @@ def prepare(root, recipe, n_images, full=False, small=False):
     return changes
 
 
-def run_stage(root, stage):
-    "Wall and CPU seconds, the largest process in GB, and MB written."
+def run(root, *words, during=lambda process: process.stdout.read()):
+    "A command of `u2seg`: wall and CPU seconds, the largest process in GB, and what `during` returns, its output."
     environment = os.environ | dict(PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES='', U2SEG_THREADS='1')
+    command = [sys.executable, '-m', 'u2seg.cli', *map(str, words)]
     start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, '-m', 'u2seg.cli', 'run', stage], cwd=root, env=environment)
+    process = subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        printed = during(process)
+    except BaseException:
+        process.kill()
+        raise
     _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise SystemExit(f'stage {stage} failed')
-    written = sum(p.stat().st_size for p in (root / 'out' / stage).rglob('*') if p.is_file())
+        raise SystemExit(f'u2seg {" ".join(command[3:])} failed')
     cpu = used.ru_utime + used.ru_stime
-    return dict(stage=stage, wall=time.perf_counter() - start, cpu=cpu, gb=used.ru_maxrss / 1e6, mb=written / 1e6)
+    return dict(wall=time.perf_counter() - start, cpu=cpu, gb=used.ru_maxrss / 1e6, printed=printed)
 
 
 def slope(n_images, values):
@@ -191,7 +196,7 @@ def main():
     for n in args.images:
         with tempfile.TemporaryDirectory() as folder:
             changes = prepare(Path(folder), args.recipe, n, args.full, args.small)
-            rows += [run_stage(Path(folder), stage) for stage in args.stages]
+            rows += [dict(run(Path(folder), 'run', stage), stage=stage) for stage in args.stages]
         args.out.write_text(report(args.recipe, args.images[: args.images.index(n) + 1], rows, changes))
 
 
