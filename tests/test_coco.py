@@ -570,6 +570,24 @@ def test_finetune_names_the_image_without_a_file_name(tmp_path, capsys, monkeypa
         assert f'{name}: not a COCO annotation file (image 1 has no file_name)' in capsys.readouterr().err
 
 
+def test_finetune_and_convert_name_the_option_that_is_missing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path('labels').mkdir()
+    Path('a.txt').write_text('a')
+    write_json('labels/a.json', coco())
+    write_json('p.json', panoptic())
+    for words, message in (
+        (
+            ['finetune', '--labels', 'labels/a.json', '--weights', 'embedded'],
+            'labels: holds no image of a.json; see --images',
+        ),
+        (['finetune', '--labels', 'a.txt', '--weights', 'embedded'], 'a.txt: is no JSON; a COCO file (.json) is read'),
+        (['convert', 'p.json'], 'p.json: a panoptic file; --maps names the folder of its PNGs'),
+    ):
+        assert main(words) == 1
+        assert capsys.readouterr().err.startswith(f'u2seg: {message}')
+
+
 def test_suggest_says_that_all_are_labelled(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_json('a.json', coco())

@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from .coco import read_instances
+from .fields import is_panoptic
 from .images import list_images, read_json, write_json, write_png
 from .masks import encode_rle, instances_json, mask_to_box, read_ids, write_ids
 from .panoptic import stuff_map
@@ -70,7 +71,9 @@ def convert_instances(path:str|Path, # JSON of COCO's, CutLER's or U2Seg's form
                       folders:list[str]=('.',),     # below it, as in data.train
                       )->dict:       # counts
     "Masks of others as our `instances.json`."
-    try: entries, annotations, categories, counts = _instances(read_json(path), path, images, folders)
+    coco = read_json(path)
+    if is_panoptic(coco): raise ValueError(f'{path}: a panoptic file; --maps names the folder of its PNGs')
+    try: entries, annotations, categories, counts = _instances(coco, path, images, folders)
     except (AttributeError, KeyError, OverflowError, TypeError) as e:
         raise ValueError(f'{path}: {FORMS} ({type(e).__name__}: {str(e)[:100]})') from None
     write_json(Path(out)/'instances.json', instances_json(entries, annotations, categories))

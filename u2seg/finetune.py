@@ -22,7 +22,7 @@ from .batches import Batches
 from .checkpoints import load_weights, save_weights
 from .evaluate import Mapping, count_votes, name_clusters, score
 from .fewshot import LabelledImages
-from .fields import is_panoptic, named, Source
+from .fields import is_panoptic, named, read_coco, Source
 from .forms import by_digest, read_yolo
 from .images import read_json, write_json
 from .matching import file_hash
@@ -48,7 +48,7 @@ def held_out(names:list[str], # file names
 
 # %% ../nbs/99_finetune.ipynb #read
 def _read(path)->GroundTruth:
-    coco = read_yolo(path) if path.suffix in ('.yaml', '.yml') else read_json(path)
+    coco = read_yolo(path) if path.suffix in ('.yaml', '.yml') else read_coco(path)
     if not is_panoptic(coco):
         panoptic, instances = things_only(coco, path)
         named(panoptic['images'], Source(path))
@@ -77,6 +77,8 @@ def read_labels(labels:str|Path,           # COCO instances or panoptic, JSON; o
     root = path.parent if images is None else Path(images)
     truth = _read(path)
     truth = part_of(truth, [bool(a['segments_info']) for a in truth.panoptic['annotations']])
+    there = any((root/im['file_name']).is_file() for im in truth.images)
+    if truth.images and not there: raise ValueError(f'{root}: holds no image of {path.name}; see --images')
     if truth.images: truth = sound(truth, root)
     if (n := len(truth.images)) >= 5: return truth, root
     raise ValueError(f'{labels}: {n} image{"s"*(n != 1)} with labels; fine-tuning needs five or more')
