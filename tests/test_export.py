@@ -404,6 +404,9 @@ def test_the_command_says_where_images_go(tmp_path, capsys):
     said = capsys.readouterr().out
     assert '3 images, 8 objects' in said and 'out/images/SPLIT; --link makes links' in said
     assert yaml.safe_load((tmp_path / 'out/data.yaml').read_text())['names'] == dict(enumerate(NAMES))
+    assert 'no object has a score' not in said
+    assert cli.main([*command, str(tmp_path / 'none'), '--score', '0.95']) == 0
+    assert '0 objects: ' in (said := capsys.readouterr().out) and 'no object has a score of 0.95 or more' in said
     assert cli.main(['export', str(path), '--format', 'x', '--out', str(tmp_path / 'y')]) == 1
     assert 'format must be one of coco, coco-panoptic, yolo' in capsys.readouterr().err
 

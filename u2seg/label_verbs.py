@@ -33,6 +33,7 @@ def export(predictions:str, format:str, out:str='exported', images:str|None=None
     from u2seg.export import PLACES, export
     n = export(predictions, out, format, images=images, score=score, loss=loss, val=val, link=link)
     print(f"{count(n['images'], 'image')}, {count(n['objects'], 'object')}: {out}")
+    if not n['objects']: print(f'no object has a score of {score} or more: --score lowers it, into another --out')
     if _other_names(Path(predictions)):
         print(f'u2seg: warning: {predictions} was predicted with other names than names.yaml has; predict again, '
               'into another folder, to export these', file=sys.stderr)
