@@ -4,6 +4,7 @@ import gzip, io, json, os, struct, zlib
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra import numpy as npst
@@ -71,6 +72,10 @@ def test_every_mode_reads_as_rgb(tmp_path, mode):
     else:
         im, name = base.convert(mode), 'a.tif' if mode in ('CMYK', 'YCbCr', 'F') else 'a.png'
     im.save(tmp_path / name, **({'transparency': 0} if mode == 'PA' else {}))
+    if mode == 'YCbCr' and PIL.__version__.startswith('12.'):  # the last for Python 3.10 cannot read what it wrote
+        with pytest.raises(I.ImageError, match='a.tif: not a readable image'):
+            I.read_image(tmp_path / name)
+        return
     out = I.read_image(tmp_path / name)
     assert out.shape == (5, 7, 3) and out.dtype == np.uint8 and out.flags.writeable
     if mode not in ('1', 'PA', 'F'):
