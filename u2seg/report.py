@@ -242,10 +242,12 @@ def readme_table(metrics:dict, fewshot:list[dict]=(), seeds:list[dict]=())->str:
     parts = [f'What U2Seg gains, in points of percent, {words}; in brackets, with how many seeds it is ahead:',
              claims_list(rows, _HEADLINES), _naming(metrics),
              _fold('All methods and scores', 'Percent; *ca* = class-agnostic.', seeds_table(rows, SHORT))]
+    beyond = _beyond(rows)
     if few := few_table(rows):
-        parts.append(_fold('Few labels', 'Mask AP after fine-tuning on a part of the labels, and the margins of the '
-                           'initial weights:', few))
+        how = ' (U2Seg+ without DropLoss)' if beyond else ''
+        parts.append(_fold('Few labels', f'Mask AP after fine-tuning on a part of the labels{how}, and the margins of '
+                           'the initial weights:', few))
     parts.append(_fold('All claims of the paper', 'Margins, and with how many seeds each is above zero.',
                        claims_table(rows, CLAIMS)))
-    if beyond := _beyond(rows): parts.append(_fold('Beyond the paper: U2Seg+', _U2SEG_PLUS, beyond))
+    if beyond: parts.append(_fold('Beyond the paper: U2Seg+', _U2SEG_PLUS, beyond))
     return '\n\n'.join(parts)
