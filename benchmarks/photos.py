@@ -217,6 +217,7 @@ def main():
     parser.add_argument('--images', type=int, default=60, help='how many are drawn (default: 60)')
     parser.add_argument('--out', type=Path, default=ROOT / 'benchmarks' / 'results' / 'photos.md')
     args = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what runs in the background
     root = args.work.absolute()
     for name in ('nbs', 'configs'):
         shutil.copytree(ROOT / name, root / name)
