@@ -35,7 +35,7 @@ def export(predictions:str, format:str, out:str='exported', images:str|None=None
     print(f"{count(n['images'], 'image')}, {count(n['objects'], 'object')}: {out}")
     if not n['objects']: print(f'no object has a score of {score} or more: --score lowers it, into another --out')
     if _other_names(Path(predictions)):
-        print(f'u2seg: warning: {predictions} was predicted with other names than names.yaml has; predict again, '
+        print(f'warning: {predictions} was predicted with other names than names.yaml has; predict again, '
               'into another folder, to export these', file=sys.stderr)
     if format in PLACES and not link:
         print(f"images, or links to them, belong in {out}/{PLACES[format].format(split='SPLIT')}; --link makes links")
