@@ -193,6 +193,12 @@ def maskcut(want):
     yield 'one product', ms(lambda: ncut.propagate(g, y)) / len(x)
     yield 'second eigenvector', ms(lambda: ncut.fiedler(g), 3) / len(x)
     yield 'its sign', ms(lambda: ncut.orient(g, y), 3) / len(x)
+    if torch.cuda.is_available():
+        whole = lambda: maskcut_batch(x, tau=0.15, n_masks=3)
+        yield 'waits of the host, an image', host_waits(whole) / len(x)
+        busy, top = kernels(whole)
+        yield 'GPU busy, ms an image', busy / len(x)
+        yield 'kernels', top
 
 
 def crf_input():
@@ -211,7 +217,7 @@ def crf_reference():
 
 @part(60, crf_reference)
 def crf(want):
-    "The dense CRF of MaskCut by torch operations, beside the compiled loops that the stage uses, an image a thread."
+    "The dense CRF of MaskCut by torch operations, beside the compiled loops of the CPU, an image a thread."
     from u2seg import lattice as L
     from u2seg.crf import refine_masks
 
@@ -228,6 +234,17 @@ def crf(want):
     yield 'entries of the fullest', int(entries.max())
     yield 'whole, ms an image', statistics.mean(ms(lambda: refine(x), 3) for x in images)
     yield 'lattice', ms(lambda: L.lattice(images[0], sxy=50.0, srgb=5.0, compiled=False), 3)
+    many = torch.stack(images * 4)
+    together = functools.partial(refine_masks, many, torch.stack([masks] * len(many), 1), compiled=False)
+    same = torch.stack(found * 4, 1) == together()
+    yield f'{len(many)} images as one lattice: pixels as alone', float(same.float().mean()), '>', 0.9999
+    yield '... whole, ms an image', ms(together, 3) / len(many)
+    yield '... lattice', ms(lambda: L.lattice(many, sxy=50.0, srgb=5.0, compiled=False), 3) / len(many)
+    yield '... peak GiB', peak(together)
+    if torch.cuda.is_available():
+        busy, top = kernels(together)
+        yield '... GPU busy, ms an image', busy / len(many)
+        yield '... kernels', top
     compiled = functools.partial(refine_masks, images[0].cpu(), masks.cpu())
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -458,6 +475,10 @@ def inference():
         parts = found['masks'], found['scores'], found['labels'], found['semantic']
         yield 'combine', ms(lambda: pixels.combine(*parts, **options), 5)
         if torch.cuda.is_available():
+            busy, top = kernels(lambda: pixels.combine(*parts, **options))
+            yield '... of it GPU busy', busy
+            yield '... kernels', top
+        if torch.cuda.is_available():
             yield 'waits of the host', host_waits(lambda: net(images[:1]))
             busy, top = kernels(lambda: net(images[:1]))
             yield 'GPU busy, ms', busy
@@ -475,6 +496,7 @@ def whole():
     files = photos()
     items = [dict(id=i + 1, file_name=files[i % len(files)].name) for i in range(S['n'] * (1 if S['tiny'] else 8))]
     options = dict(size=S['px'], feature='keys', tau=0.15, n_masks=3, crf=True, min_agreement=0.0, desc='')
+    threads = torch.get_num_threads()
     for dtype in torch.bfloat16, torch.float32:
         net = random_vit(dtype).to(device())
         with tempfile.TemporaryDirectory() as folder:
@@ -483,7 +505,14 @@ def whole():
             start = time.perf_counter()
             coco, _ = run(items)
             yield f'{str(dtype)[6:]}, images/s', len(items) / (time.perf_counter() - start)
-        yield f'{str(dtype)[6:]}, masks an image', len(coco['annotations']) / len(items)
+            yield f'{str(dtype)[6:]}, masks an image', len(coco['annotations']) / len(items)
+            if dtype == torch.bfloat16 and threads > 4:
+                torch.set_num_threads(4)
+                with tempfile.TemporaryDirectory() as other:
+                    start = time.perf_counter()
+                    run(items, folder=other)
+                    yield 'bfloat16, 4 threads, images/s', len(items) / (time.perf_counter() - start)
+                torch.set_num_threads(threads)
 
 
 class Labelled(Dataset):

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from u2seg import crf
-from u2seg.lattice import _SCALE, _compile, _compiled_filter, _neighbours, _number, _radix, _torch_filter
+from u2seg.lattice import _PIECE, _SCALE, _compile, _compiled_filter, _neighbours, _number, _radix
+from u2seg.lattice import _torch_filter, _torch_splat
 from u2seg.crf import MASKCUT, STEGO, binary_crf, dense_crf, refine_mask, refine_masks
 from u2seg.lattice import lattice
 
@@ -119,7 +120,7 @@ def test_lattice_from_its_definition():
     image = np.random.default_rng(0).integers(0, 256, (9, 11, 3), dtype=np.uint8)
     image[:, 5:] = image[:, 5:] // 40 + 100  # crowded and lonely pixels
     sxy, srgb = 4.0, 30.0
-    radix, scale = _radix(9, 11, sxy, srgb), (_SCALE / [sxy, sxy, srgb, srgb, srgb]).astype(np.float32)
+    radix, scale = _radix(9, 11, sxy, srgb)[0], (_SCALE / [sxy, sxy, srgb, srgb, srgb]).astype(np.float32)
     index, weight, points, table = _number(image, scale, radix)
     index, weight = index.reshape(-1, 6), weight.reshape(-1, 6)
     up, down = _neighbours(points, table, radix)
@@ -165,6 +166,50 @@ def test_torch_operations_equal_compiled_loops(preset):
     np.testing.assert_allclose(
         binary_crf(image, prob, **preset, compiled=False), binary_crf(image, prob, **preset), atol=5e-4
     )
+
+
+def test_images_of_one_lattice_know_nothing_of_each_other():
+    "Torch operations on three images, black, white and noise, as on each alone; also the corners of the colour cube."
+    noise = np.random.default_rng(0).integers(0, 256, (40, 33, 3), dtype=np.uint8)
+    cube = np.zeros((40, 33, 3), np.uint8)
+    for i in range(8):
+        cube[5 * i : 5 * i + 5] = [255 * (i >> k & 1) for k in range(3)]
+    images = torch.from_numpy(np.stack([np.zeros_like(noise), np.full_like(noise, 255), noise, cube]))
+    masks = torch.from_numpy(np.random.default_rng(1).random((3, 4, 40, 33)) < 0.4)
+    prob = torch.from_numpy(np.random.default_rng(2).random((2, 4, 40, 33), dtype=np.float32))
+    together = binary_crf(images, prob, **MASKCUT, compiled=False)
+    refined = refine_masks(images, masks, compiled=False)
+    for i in range(4):
+        alone = binary_crf(images[i], prob[:, i].contiguous(), **MASKCUT, compiled=False)
+        torch.testing.assert_close(together[:, i], alone, atol=1e-5, rtol=0)
+        loops = refine_masks(images[i], masks[:, i].contiguous())
+        assert (refined[:, i] == loops).float().mean() > 0.999
+    both, alone = (lattice(x, sxy=5.0, srgb=4.0, compiled=False) for x in (images[2:], images[2]))
+    n, m = len(alone.index), alone.up.shape[1]
+    assert both.up.shape[1] == m + lattice(images[3], sxy=5.0, srgb=4.0, compiled=False).up.shape[1]
+    assert torch.equal(both.index[:n], alone.index) and both.index[n:].min() == m
+    with pytest.raises(ValueError, match='one image at a time'):
+        binary_crf(images, prob, **MASKCUT)
+    with pytest.raises(ValueError, match=r'prob must be \[c, 4, 40, 33\]'):
+        binary_crf(images, prob[:, :3], **MASKCUT, compiled=False)
+
+
+def test_points_of_many_pixels_are_added_in_pieces():
+    "A plain image: thousands of pixels a point. All of them count, once; so does one pixel alone."
+    image = torch.full((90, 80, 3), 7, dtype=torch.uint8)
+    image[44, 39] = 250
+    a, b = (lattice(image, sxy=60.0, srgb=5.0, compiled=c) for c in (True, False))
+    splat = _torch_splat(b)
+    x = torch.rand(2, 90 * 80, generator=torch.Generator().manual_seed(0))
+    want = torch.zeros(b.up.shape[1], 2, dtype=torch.double)
+    for k in range(6):
+        want.index_add_(0, b.index[:, k].long(), (b.weight[:, k] * x).T.double())
+    assert torch.bincount(b.index.flatten().long()).max() > 20 * _PIECE
+    torch.testing.assert_close(splat(x).double(), want, atol=1e-3, rtol=1e-5)
+    for f, lat in ((_torch_filter, b), (_compiled_filter, a)):
+        out = f(lat)(x, 1, torch.zeros_like(x))
+        first = out if f is _torch_filter else first
+    torch.testing.assert_close(first, out, atol=1e-2, rtol=1e-4)
 
 
 def test_table_growth():

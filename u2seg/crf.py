@@ -65,7 +65,7 @@ def _torch_gaussian(taps, n):
         return torch.where(distance < len(taps), taps[distance.clamp_max(len(taps) - 1)], 0.)
     down, across = map(band, n.shape)
     def run(x, factor, out):
-        return out.add_((n*(down @ (n*x.view(-1, *n.shape)) @ across)).flatten(1), alpha=factor)
+        return out.add_((n*(down @ (n*x.view(-1, *n.shape)) @ across)).view_as(out), alpha=factor)
     return run
 
 # %% ../nbs/22_crf.ipynb #bilateral
@@ -82,7 +82,7 @@ def _spatial(image, weight, sxy, compiled, n_threads):
     "The kernel over place alone: a function that adds `factor` weight n G n q to `out`, both [c, N]."
     make = partial(_compiled_gaussian, n_threads=n_threads) if compiled else _torch_gaussian
     taps = torch.exp(-.5*(torch.arange(2*math.ceil(2*sxy) + 1, device=image.device)/sxy)**2)   # cut at 4 stds
-    ones = torch.ones(image.shape[:2], device=image.device)
+    ones = torch.ones(image.shape[-3:-1], device=image.device)
     n = make(taps, ones)(ones.view(1, -1), 1, torch.zeros_like(ones).view(1, -1)).rsqrt()*weight**.5
     return make(taps, n.view(ones.shape))
 
@@ -96,11 +96,11 @@ def check_crf(*, n_iters:int, gauss_weight:float, gauss_sxy:float, bilateral_wei
         if not 0 <= v < math.inf: raise ValueError(f'crf.{name} must be at least 0, got {v}')
 
 def _check_arrays(image, prob):
-    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+    if image.dtype != torch.uint8 or image.ndim not in (3, 4) or image.shape[-1] != 3 or 0 in image.shape:
         raise ValueError(f'image must be uint8 [H, W, 3], got {str(image.dtype)[6:]} {list(image.shape)}')
-    H, W = image.shape[:2]
-    if prob.ndim != 3 or prob.shape[1:] != image.shape[:2]:
-        raise ValueError(f'prob must be [c, {H}, {W}] to fit the image, got {list(prob.shape)}')
+    if prob.ndim != image.ndim or prob.shape[1:] != image.shape[:-1]:
+        size = ', '.join(map(str, image.shape[:-1]))
+        raise ValueError(f'prob must be [c, {size}] to fit the image, got {list(prob.shape)}')
     if not (torch.isfinite(prob).all() and (prob >= 0).all()):
         raise ValueError('prob must hold no NaN, infinite or negative value')
 
@@ -119,6 +119,7 @@ def _prepare(image:np.ndarray|Tensor, prob:np.ndarray|Tensor, n_iters:int, gauss
     if n_threads < 1: raise ValueError(f'n_threads must be at least 1, got {n_threads}')
     image = image.to(prob.device)
     if compiled is None: compiled = prob.device.type == 'cpu'
+    if compiled and image.ndim == 4: raise ValueError('compiled loops take one image at a time, [H, W, 3]')
     kernels = []
     if gauss_weight: kernels.append(_spatial(image, gauss_weight, gauss_sxy, compiled, n_threads))
     if bilateral_weight:
@@ -147,12 +148,12 @@ def dense_crf(image:np.ndarray|Tensor,   # uint8 [H, W, 3]
     return q.numpy() if isinstance(prob, np.ndarray) else q
 
 # %% ../nbs/22_crf.ipynb #binary_crf
-def binary_crf(image:np.ndarray|Tensor,  # uint8 [H, W, 3]
-               prob:np.ndarray|Tensor,   # [m, H, W] foreground probabilities of m masks, each a CRF of two labels
+def binary_crf(image:np.ndarray|Tensor,  # uint8 [H, W, 3]; for torch operations also several, [b, H, W, 3]
+               prob:np.ndarray|Tensor,   # [m, H, W] or [m, b, H, W], foreground probabilities of m masks, each a CRF
                *, n_iters:int=10, gauss_weight:float, gauss_sxy:float,
                bilateral_weight:float, bilateral_sxy:float, bilateral_srgb:float,
                compiled:bool|None=None, n_threads:int=1, # as in `dense_crf`
-               )->np.ndarray|Tensor:     # float32 [m, H, W], foreground
+               )->np.ndarray|Tensor:     # float32, of the shape and kind of `prob`
     "`dense_crf` of (1 - prob, prob) for every mask: one lattice for all, one channel a mask."
     p, kernels = _prepare(image, prob, n_iters, gauss_weight, gauss_sxy, bilateral_weight, bilateral_sxy,
                           bilateral_srgb, compiled, n_threads)
@@ -169,10 +170,10 @@ def binary_crf(image:np.ndarray|Tensor,  # uint8 [H, W, 3]
     return q.numpy() if isinstance(prob, np.ndarray) else q
 
 # %% ../nbs/22_crf.ipynb #refine_masks
-def refine_masks(image:np.ndarray|Tensor, # uint8 [H, W, 3]
-                 masks:np.ndarray|Tensor, # bool [m, H, W]
+def refine_masks(image:np.ndarray|Tensor, # uint8 [H, W, 3], or several as in `binary_crf`
+                 masks:np.ndarray|Tensor, # bool [m, H, W] or [m, b, H, W]
                  *, compiled:bool|None=None, n_threads:int=1, # as in `dense_crf`
-                 )->np.ndarray|Tensor:    # bool [m, H, W]
+                 )->np.ndarray|Tensor:    # bool, of the shape of `masks`
     "MaskCut's CRF on all masks of an image (cutler/maskcut/crf.py)."
     soft = 1/(1 + math.exp(-1))                                   # the softmax of (0, 1): .731, not 1
     prob = torch.where(_tensor(masks) > 0, soft, 1 - soft)

@@ -28,6 +28,7 @@ class Lattice(NamedTuple):
     weight:Tensor  # float32 [N, 6], their barycentric coordinates
     up:Tensor      # int32 [6, M], next point in each of the 6 directions; M where it is not touched
     down:Tensor    # int32 [6, M], previous point
+    order:Tensor|None = None # int64 [6 N], all corners by point, where torch operations made it
 
 # %% ../nbs/21_lattice.ipynb #elevate
 @_compile
@@ -73,14 +74,15 @@ def _rank(e, r, total, rank):
 # %% ../nbs/21_lattice.ipynb #corners
 _SCALE = 6*math.sqrt(2/3)/np.sqrt([1*2, 2*3, 3*4, 4*5, 5*6])     # a blur over one lattice step then has unit std
 
-def _radix(H, W, sxy, srgb):
-    "Steps int64 [6] that turn the integer coordinates of a lattice point into one key, 6 times a mixed radix."
+def _radix(H, W, sxy, srgb, n_images=1):
+    """Steps int64 [6] that turn the integer coordinates of a lattice point into one key, 6 times a mixed radix;
+    the step to the next image."""
     top = np.array([(W - 1)/sxy, (H - 1)/sxy] + [255/srgb]*3)*_SCALE
     span = [math.ceil((top[j:].sum() + j*top[j - 1])/6) + 6 for j in range(1, 6)]
-    if math.prod(span)*6 >= 2**62:
+    if math.prod(span)*6*n_images >= 2**62:
         raise ValueError(f'an image of {H} x {W} is too large for bilateral_sxy={sxy:g} and bilateral_srgb={srgb:g}; '
                          'resize it or raise them')
-    return np.array([0] + [6*math.prod(span[:j]) for j in range(5)], np.int64)
+    return np.array([0] + [6*math.prod(span[:j]) for j in range(5)], np.int64), 6*math.prod(span)
 
 @_compile
 def _corners(e, r, rank, radix, weight, key):
@@ -191,11 +193,12 @@ def _filter(x, index, weight, up, down, factor, out):
         out[i] += factor*s
 
 # %% ../nbs/21_lattice.ipynb #torch_simplices
-def _torch_simplices(image, scale, radix):
-    "Keys int64 [N, 6] and weights [N, 6] of the corners: `_elevate`, `_rank` and `_corners` as torch operations."
-    H, W = image.shape[:2]
-    y, x = torch.meshgrid(*(torch.arange(n, device=image.device) for n in (H, W)), indexing='ij')
-    f = torch.cat([x[..., None], y[..., None], image], -1).flatten(0, 1).float()*scale             # [N, 5]
+def _torch_simplices(images, scale, radix, to_next):
+    """Of uint8 [b, H, W, 3]: keys int64 [N, 6] and weights [N, 6] of the corners, N = b H W.
+    `_elevate`, `_rank` and `_corners` as torch operations."""
+    b, H, W = images.shape[:3]
+    number, y, x = torch.meshgrid(*(torch.arange(n, device=images.device) for n in (b, H, W)), indexing='ij')
+    f = torch.cat([x[..., None], y[..., None], images], -1).flatten(0, 2).float()*scale            # [N, 5]
     above = [torch.zeros_like(f[:, 0])]
     for j in range(4, -1, -1): above.insert(0, above[0] + f[:, j])
     e = (torch.stack(above, 1) - torch.arange(6, device=f.device)*F.pad(f, (1, 0)))*np.float32(1/6)
@@ -209,30 +212,33 @@ def _torch_simplices(image, scale, radix):
     ranked = torch.empty_like(e).scatter_(1, rank, e)                                              # in order of rank
     weight = torch.cat([1 + ranked[:, 5:] - ranked[:, :1], (ranked[:, :-1] - ranked[:, 1:]).flip(1)], 1)
     step = torch.empty_like(rank).scatter_(1, 5 - rank, 1 - radix.expand_as(rank))                 # to the next corner
-    first = (r*radix).sum(1, keepdim=True)
+    first = (r*radix).sum(1, keepdim=True) + to_next*number.reshape(-1, 1)
     return torch.cat([first, first + step[:, :5].cumsum(1)], 1), weight
 
 # %% ../nbs/21_lattice.ipynb #lattice
-def _torch_lattice(image, scale, radix):
-    key, weight = _torch_simplices(image, scale, radix)
-    points, index = key.unique(return_inverse=True)                                                # sorted, [M]
-    m = len(points)
+def _torch_lattice(images, scale, radix, to_next):
+    key, weight = _torch_simplices(images, scale, radix, to_next)
+    key, order = key.flatten().sort(stable=True)
+    new = F.pad(key[1:] != key[:-1], (1, 0), value=True)
+    points, m = key[new], int(new.sum())
+    index = torch.empty_like(order, dtype=torch.int32).scatter_(0, order, new.cumsum(0, dtype=torch.int32) - 1)
     to = points + torch.where(points % 6 < 5, 1, radix.sum() - 5) - radix[:, None]                 # [6, M]
     up = torch.searchsorted(points, to).clamp_max(m - 1)
     up = torch.where(points[up] == to, up, m)
     down = torch.full((6, m + 1), m, device=up.device).scatter_(1, up, torch.arange(m, device=up.device).expand(6, m))
-    return Lattice(index.int(), weight, up.int(), down[:, :m].int())
+    return Lattice(index.view(-1, 6), weight, up.int(), down[:, :m].int(), order)
 
-def lattice(image:Tensor,        # uint8 [H, W, 3]
+def lattice(image:Tensor,        # uint8 [H, W, 3]; for torch operations also several, [b, H, W, 3]
             *, sxy:float,        # std of the kernel, px
             srgb:float,          # std of the kernel, levels of 255
             compiled:bool=True,  # by compiled loops (CPU), or by torch operations on the image's device
             )->Lattice:
     "The permutohedral lattice of an image, five features a pixel (Adams, Baek and Davis, 2010)."
-    radix = _radix(*image.shape[:2], sxy, srgb)
+    images = image.reshape(-1, *image.shape[-3:])
+    radix, to_next = _radix(*image.shape[-3:-1], sxy, srgb, len(images))
     scale = (_SCALE/[sxy, sxy, srgb, srgb, srgb]).astype(np.float32)
     if not compiled:
-        return _torch_lattice(image, *(torch.from_numpy(a).to(image.device) for a in (scale, radix)))
+        return _torch_lattice(images, *(torch.from_numpy(a).to(image.device) for a in (scale, radix)), to_next)
     index, weight, points, table = _number(np.ascontiguousarray(image.numpy()), scale, radix)
     arrays = index.reshape(-1, 6), weight.reshape(-1, 6), *_neighbours(points, table, radix)
     return Lattice(*map(torch.from_numpy, arrays))
@@ -247,16 +253,26 @@ def _each(n_threads:int, f, x:Tensor, out:Tensor)->Tensor:
 
 def _compiled_filter(lat:Lattice, n_threads:int=1):
     "A function that adds `factor` times the filtered x [c, N] to `out`."
-    arrays = [t.numpy() for t in lat]
+    arrays = [t.numpy() for t in lat[:4]]
     return lambda x, factor, out: _each(n_threads, lambda a, b: _filter(a, *arrays, np.float32(factor), b), x, out)
 
 # %% ../nbs/21_lattice.ipynb #torch_filter
+_PIECE = 32                                                       # corners that one thread of a GPU adds up
+
 def _torch_splat(lat):
-    "Function float [c, N] -> [M, c], each point's pixels summed in a fixed order, so that a GPU repeats itself."
-    order = lat.index.flatten().argsort(stable=True)
-    weight, sorted_index = lat.weight.flatten()[order], lat.index.flatten()[order]
-    begin = torch.searchsorted(sorted_index, torch.arange(lat.up.shape[1], device=order.device, dtype=torch.int32))
-    return lambda x: F.embedding_bag(order//6, x.T.contiguous(), begin, mode='sum', per_sample_weights=weight)
+    "Function float [c, N] -> [M, c], each point's pixels summed in a fixed order."
+    m, device = lat.up.shape[1], lat.order.device
+    weight, index = lat.weight.flatten()[lat.order], lat.index.flatten()[lat.order]
+    begin = torch.searchsorted(index, torch.arange(m + 1, device=device, dtype=torch.int32))
+    n_pieces = (begin.diff() + _PIECE - 1)//_PIECE
+    first = n_pieces.cumsum(0) - n_pieces                         # of each point's pieces
+    point = torch.repeat_interleave(n_pieces)
+    each = torch.arange(len(point), device=device)
+    piece, pixel = (begin[point] + _PIECE*(each - first[point])).int(), (lat.order//6).int()
+    def run(x):
+        sums = F.embedding_bag(pixel, x.T.contiguous(), piece, mode='sum', per_sample_weights=weight)
+        return F.embedding_bag(each, sums, first, mode='sum')
+    return run
 
 def _torch_filter(lat:Lattice):
     "`_filter` as torch operations: a function that adds `factor` times the filtered x [c, N] to `out`."

@@ -113,18 +113,33 @@ def maskcut(keys:Tensor,               # float [d, h, w]
     return maskcut_batch(keys[None], tau=tau, n_masks=n_masks)[0]
 
 # %% ../nbs/23_maskcut.ipynb #refine
+def _enlarge(masks, image): # bool [..., h, w] -> [..., H, W]: nearest
+    (H, W), (h, w) = image.shape[:2], masks.shape[-2:]
+    return masks.repeat_interleave(H//h, -2).repeat_interleave(W//w, -1)
+
+def _sharpen(images, masks):
+    "The masks bool [m, h, w] of each image uint8 [H, W, 3] after the CRF: [m, H, W]; on a GPU those of all at once."
+    if not masks[0].is_cuda:
+        crf = partial(refine_masks, n_threads=torch.get_num_threads())
+        return (crf(torch.from_numpy(im), _enlarge(m, im)) if len(m) else m for im, m in zip(images, masks))
+    most = max(map(len, masks))
+    padded = [F.pad(m, (0, 0, 0, 0, 0, most - len(m))) for m in masks]
+    together = _enlarge(torch.stack(padded, 1), images[0])                                            # [m, b, H, W]
+    fine = refine_masks(torch.from_numpy(np.stack(images)).to(together.device), together).transpose(0, 1).cpu()
+    return [f[:len(m)] for f, m in zip(fine, masks)]
+
+def _settle(image, masks, fine):
+    coarse = _enlarge(masks, image).numpy()
+    fine = np.array([fill_holes(m) for m in fine.numpy()], bool).reshape(coarse.shape)
+    return fine, [float(_iou(a, b)) for a, b in zip(coarse, fine)]
+
 def refine(image:np.ndarray, # uint8 [H, W, 3]
            masks:Tensor,     # bool [m, h, w] on the token grid; H and W are multiples of h and w
            *, crf:bool,      # sharpen with the dense CRF
            )->tuple[np.ndarray, list[float]]: # bool [m, H, W]; the IoU of each with the mask before the CRF
     "Token masks at the image's size, sharpened and without holes, and how far the image agrees."
-    (H, W), (h, w) = image.shape[:2], masks.shape[1:]
-    if not len(masks): return np.zeros((0, H, W), bool), []
-    coarse = masks.repeat_interleave(H//h, 1).repeat_interleave(W//w, 2)       # nearest
-    fine = coarse
-    if crf: fine = refine_masks(torch.from_numpy(image).to(masks.device), coarse, n_threads=torch.get_num_threads())
-    fine = np.stack([fill_holes(m) for m in fine.cpu().numpy()])
-    return fine, [float(_iou(a, b)) for a, b in zip(coarse.cpu().numpy(), fine)]
+    fine, = _sharpen([image], [masks]) if crf else [_enlarge(masks.cpu(), image)]
+    return _settle(image, masks.cpu(), fine)
 
 # %% ../nbs/23_maskcut.ipynb #score_mask
 def score_mask(mask:np.ndarray,  # bool [H, W]
@@ -156,19 +171,20 @@ def check_options(*, size:int, feature:str, tau:float, n_masks:int, min_agreemen
 def _label(images, sizes, features, *, size, feature, tau, n_masks, crf, min_agreement, batch_size=16, n_threads=1):
     "Masks [{segmentation, score}] of each image uint8 [size, size, 3], at the sizes (H, W) of the originals."
     device, labels = next(features.parameters()).device, []
-    finish = partial(_finish, crf=crf, min_agreement=min_agreement)
+    finish = partial(_finish, min_agreement=min_agreement)
     with ThreadPoolExecutor(n_threads) as pool:
         each = map if device.type == 'cpu' else pool.map           # while the GPU is at the next batch
         for k in range(0, len(images), batch_size):
             part = slice(k, k + batch_size)
             x = normalize(torch.stack([to_tensor(im) for im in images[part]]).to(device))
             masks = maskcut_batch(one_by_one(getattr(features, feature), x), tau=tau, n_masks=n_masks)
-            labels.append(each(finish, images[part], sizes[part], [m.cpu() for m in masks]))
+            fine = _sharpen(images[part], masks) if crf else map(_enlarge, masks, images[part])
+            labels.append(each(finish, images[part], sizes[part], masks, fine))
         return [masks for part in labels for masks in part]
 
-def _finish(image, original, masks, *, crf, min_agreement):
-    refined = [(m, a) for m, a in zip(*refine(image, masks, crf=crf)) if a >= min_agreement and m.any()]
-    scored = [(resize_mask(m, original), score_mask(m, a)) for m, a in refined]
+def _finish(image, original, masks, fine, *, min_agreement):
+    kept = [(m, a) for m, a in zip(*_settle(image, masks.cpu(), fine.cpu())) if a >= min_agreement and m.any()]
+    scored = [(resize_mask(m, original), score_mask(m, a)) for m, a in kept]
     return [dict(segmentation=encode_rle(m), score=round(s, 4)) for m, s in scored if m.any()]
 
 # %% ../nbs/23_maskcut.ipynb #label_image
