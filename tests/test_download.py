@@ -1,6 +1,6 @@
 """Downloads from a hostile publisher on loopback, and archives that try to escape."""
 
-import hashlib, http.server, io, os, stat, tarfile, threading, time, zipfile
+import errno, hashlib, http.server, io, os, socket, stat, tarfile, threading, time, urllib.error, zipfile
 
 import pytest
 
@@ -105,6 +105,50 @@ def test_lies_end_in_one_sentence_and_no_file(server, tmp_path, kind, message):
 def test_nobody_there(tmp_path):
     with pytest.raises(ValueError, match='failed 2 times.*call again$'):  # there is no part to go on from
         D.fetch('http://127.0.0.1:9/x', tmp_path / 'f', n_tries=2, pause=0)
+
+
+def test_each_try_that_fails_is_told(server, tmp_path, capsys):
+    D.fetch(server.url('busy'), tmp_path / 'f', md5=MD5, pause=0)
+    told = [f'f: try {i} of 5 failed (HTTP Error 503: Service Unavailable); the next in 0 s' for i in (1, 2)]
+    assert capsys.readouterr().out.splitlines() == told
+
+
+@pytest.mark.parametrize(
+    'reason',
+    [
+        socket.gaierror(socket.EAI_AGAIN, 'Temporary failure in name resolution'),
+        socket.gaierror(socket.EAI_NONAME, 'Name or service not known'),
+        OSError(errno.ENETUNREACH, 'Network is unreachable'),
+        OSError(errno.EHOSTUNREACH, 'No route to host'),
+    ],
+)
+def test_without_a_network_nobody_is_asked_twice(monkeypatch, tmp_path, reason, capsys):
+    asked = []
+
+    def nobody(request, timeout):
+        asked.append(request)
+        raise urllib.error.URLError(reason)
+
+    monkeypatch.setattr(D.urllib.request, 'urlopen', nobody)
+    sentence = f'^http://example.org/x: this machine has no connection to example.org .{reason.strerror}.; a copy .*/f$'
+    with pytest.raises(ValueError, match=sentence):
+        D.fetch('http://example.org/x', tmp_path / 'f')
+    with pytest.raises(ValueError, match='no connection to drive.google.com'):
+        D.fetch_drive('1x', tmp_path / 'f')
+    assert len(asked) == 2 and capsys.readouterr().out == ''
+
+
+def test_a_network_that_goes_away_on_the_way_may_come_back(server, tmp_path, monkeypatch):
+    ask, lost = D.urllib.request.urlopen, [False, True, False]
+
+    def sometimes(*args, **options):
+        if lost.pop(0):
+            raise urllib.error.URLError(socket.gaierror(socket.EAI_AGAIN, 'Temporary failure in name resolution'))
+        return ask(*args, **options)
+
+    monkeypatch.setattr(D.urllib.request, 'urlopen', sometimes)
+    path = D.fetch(server.url('norange'), tmp_path / 'f', md5=MD5, pause=0)
+    assert path.read_bytes() == BODY and lost == []
 
 
 def test_a_wrong_part_is_not_kept_for_ever(server, tmp_path):

@@ -6,11 +6,13 @@
 __all__ = ['SOURCES', 'HELP', 'DRIVE', 'fetch', 'digest', 'fetch_drive', 'unpack', 'check_note', 'cache_folder', 'download']
 
 # %% ../nbs/94_download.ipynb #imports
+import errno
 import hashlib
 import html.parser
 import http.client
 import os
 import shutil
+import socket
 import stat
 import tarfile
 import tempfile
@@ -99,6 +101,14 @@ def _fetch_once(url, part, timeout, bar_name):
             while block := answer.read(1 << 16): have += f.write(block); bar.update(len(block))
     if total is not None and have < total: raise ConnectionError(f'ended at {have} of {total} bytes')
 
+# %% ../nbs/94_download.ipynb #no_connection
+def _no_connection(e, url, path)->str|None: # a sentence, if no name or no route leads to the host
+    why = getattr(e, 'reason', e)                             # a URLError wraps what happened
+    no_route = getattr(why, 'errno', 0) in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN)
+    if not no_route and not isinstance(why, socket.gaierror): return None
+    return (f'{url}: this machine has no connection to {urllib.parse.urlsplit(url).hostname} ({why.strerror}); '
+            f'a copy fetched elsewhere belongs at {path}')
+
 # %% ../nbs/94_download.ipynb #fetch
 def fetch(url:str,       # http or https
           path:str|Path, # destination
@@ -106,17 +116,17 @@ def fetch(url:str,       # http or https
           timeout:float=30,      # seconds without a byte before the connection counts as stalled
           n_tries:int=5, pause:float=2.)->Path:
     "Download `url` to `path`, resuming; `ValueError` in one sentence if that fails or the digest differs."
-    path = Path(path)
-    part = path.with_name(path.name + '.part')
+    path, part = Path(path), Path(f'{path}.part')
     if path.exists() and (md5 is None or digest(path) == md5): return path
     path.parent.mkdir(parents=True, exist_ok=True)
     if not url.startswith(('http://', 'https://')): raise ValueError(f'{url}: only http and https are fetched')
     for i in range(n_tries):
         try: _fetch_once(url, part, timeout, path.name); break
         except (OSError, http.client.HTTPException) as e:
-            go_on = f' to go on from {part.name}' if part.exists() else ''
-            last = f'{type(e).__name__}: {e}; call again{go_on}'
+            if i == 0 and (sentence := _no_connection(e, url, path)): raise ValueError(sentence) from None
+            last = f'{type(e).__name__}: {e}; call again' + f' to go on from {part.name}'*part.exists()
             if i == n_tries - 1: raise ValueError(f'{url}: failed {n_tries} times, the last with {last}') from None
+            tqdm.write(f'{path.name}: try {i + 1} of {n_tries} failed ({e}); the next in {pause*i:g} s')
             time.sleep(pause*i)
     if md5 is not None and (got := digest(part)) != md5:
         part.unlink()
@@ -154,7 +164,7 @@ def fetch_drive(file_id:str, # as in the file's address
     "Download a file of Google Drive through its page of confirmation."
     url = f'{DRIVE}/uc?export=download&id={file_id}'
     try: answer = _answer(url, 0, options.get('timeout', 30))
-    except OSError as e: raise ValueError(f'{url}: {e}') from None
+    except OSError as e: raise ValueError(_no_connection(e, url, path) or f'{url}: {e}') from None
     with answer:
         if answer.headers.get_content_type() != 'text/html': return fetch(url, path, **options)
         form = _Form(answer.read(1 << 20).decode(errors='replace'))
