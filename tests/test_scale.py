@@ -1,5 +1,5 @@
 """Two hosts over loopback, labelling and training together; a worker is killed on the way and restarted: nothing
-lost, nothing twice."""
+lost, nothing twice. A group that is started again meets."""
 
 import json, os, signal, socket, subprocess, sys, time
 from pathlib import Path
@@ -178,6 +178,18 @@ def test_torchrun_restarts_a_killed_worker_and_the_results_are_those_of_one(give
     assert shards_in_order(out) - 60 <= 6  # made twice: at most the shard that each worker had in hand
 
 
+def test_torchrun_restarts_a_killed_worker_and_the_training_goes_on(given, tmp_path):
+    finish(torchrun(given, tmp_path / 'whole', 'train'), tmp_path / 'whole')
+    out = tmp_path / 'killed'
+    ps = torchrun(given, out, 'train')
+    wait_for(lambda: (out / 'train' / 'checkpoint.pt').exists(), ps)
+    os.kill(int((out / 'pids').read_text().split()[-1]), signal.SIGKILL)
+    finish(ps, out)
+    assert len((out / 'pids').read_text().splitlines()) >= 4
+    for name in ('records0.json', 'records1.json', 'weights0.json', 'weights1.json'):
+        assert (out / name).read_bytes() == (tmp_path / 'whole' / name).read_bytes(), name
+
+
 def test_training_goes_on_after_a_host_is_lost(given, tmp_path):
     finish(workers(given, tmp_path / 'whole'), tmp_path / 'whole')
     assert shards_in_order(tmp_path / 'whole') == 60  # undisturbed: nothing is made twice
@@ -191,6 +203,40 @@ def test_training_goes_on_after_a_host_is_lost(given, tmp_path):
     for name in ('records0.json', 'records1.json', 'weights0.json', 'weights1.json'):
         assert (out / name).read_bytes() == (tmp_path / 'whole' / name).read_bytes(), name
     assert (out / 'weights0.json').read_bytes() == (out / 'weights1.json').read_bytes()
+
+
+MEMBER = """
+import os, torch, torch.distributed as dist
+from u2seg.processes import _processes
+print('here', flush=True)
+_processes(torch.device('cpu'))
+x = torch.ones(1)
+dist.all_reduce(x)
+print(int(x), flush=True)
+os._exit(0)
+"""
+
+
+def test_a_group_meets_again_though_each_agent_counts_its_own_restarts():
+    """Workers start four times as torchrun's agents start them, which keep a store with the addresses of the dead.
+    Without a name of its own a group meets by luck alone."""
+    from torch.distributed import TCPStore
+
+    store = TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)
+    of_agents, n_keys = dict(WORLD_SIZE='2', MASTER_PORT=str(store.port), TORCHELASTIC_USE_AGENT_STORE='True'), [0]
+    for counts, order in (((0, 0), (0, 1)), ((1, 2), (1, 0)), ((2, 2), (0, 1)), ((2, 3), (1, 0))):
+        members = []
+        for rank in order:
+            env = ENV | of_agents | dict(RANK=str(rank), TORCHELASTIC_RESTART_COUNT=str(counts[rank]))
+            members.append(subprocess.Popen([sys.executable, '-c', MEMBER], env=env, stdout=subprocess.PIPE, text=True))
+            assert members[-1].stdout.readline() == 'here\n'
+            time.sleep(0.5)  # the first has read what is in the store before the second comes
+        try:
+            assert [p.communicate(timeout=30)[0] for p in members] == ['2\n'] * 2, (counts, order)
+        finally:
+            [p.kill() for p in members if p.poll() is None]
+        n_keys.append(store.num_keys())
+        assert n_keys[-1] > n_keys[-2]  # no group writes its addresses where another did
 
 
 TOY = """
