@@ -759,7 +759,9 @@ def test_the_group_speaks_where_the_model_lies(monkeypatch):
     monkeypatch.setenv('RANK', '1')
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'set_device', lambda device: asked.append(device))
-    monkeypatch.setattr(dist, 'init_process_group', lambda backend: asked.append(backend))
+    monkeypatch.setattr(processes, 'rendezvous', lambda *args, **kwargs: iter([(dist.HashStore(), 1, 2)]))
+    monkeypatch.setattr(processes, '_meet', lambda *args: 'name')
+    monkeypatch.setattr(dist, 'init_process_group', lambda backend, **kwargs: asked.append(backend))
     monkeypatch.setattr(dist, 'get_rank', lambda: 1)
     monkeypatch.setattr(dist, 'get_world_size', lambda: 2)
     assert processes._processes(torch.device('cpu')) == (1, 2) and asked == ['gloo']
