@@ -429,7 +429,7 @@ def step():
     half = dict(float16=torch.float16, bfloat16=torch.bfloat16)
     if S['tiny']:
         del half['float16']  # slow on a CPU
-    sides = {f'ours, {k}': our_step(amp, torch.channels_last) for k, amp in half.items()}
+    sides = {f'ours, {k}': our_step(amp, torch.contiguous_format) for k, amp in half.items()}
     sides |= {f'torchvision, {k}': their_step(amp) for k, amp in half.items()}
     for name, one in sides.items():
         yield f'{name}: peak GiB', peak(one)
@@ -440,8 +440,8 @@ def step():
     for k in half:
         yield f'{k}: times as long in torchvision', medians[f'torchvision, {k}'] / medians[f'ours, {k}']
     amp = next(iter(half.values()))
-    first = our_step(amp, torch.contiguous_format)
-    yield f'ours, {str(amp)[6:]}, channels first: ms', ms(first, S['rounds'], 1)
+    last = our_step(amp, torch.channels_last)
+    yield f'ours, {str(amp)[6:]}, channels last: ms', ms(last, S['rounds'], 1)
     if torch.cuda.is_available():
         for name in 'ours, float16', 'torchvision, float16':
             yield f'{name}: waits of the host', host_waits(sides[name])
@@ -497,22 +497,26 @@ def whole():
     items = [dict(id=i + 1, file_name=files[i % len(files)].name) for i in range(S['n'] * (1 if S['tiny'] else 8))]
     options = dict(size=S['px'], feature='keys', tau=0.15, n_masks=3, crf=True, min_agreement=0.0, desc='')
     threads = torch.get_num_threads()
-    for dtype in torch.bfloat16, torch.float32:
-        net = random_vit(dtype).to(device())
+    def rate(net, batch_size):
         with tempfile.TemporaryDirectory() as folder:
             run = functools.partial(label_images, features=net, root=files[0].parent, folder=folder, **options)
             run(items[:1])  # loops compile
+            torch.cuda.reset_peak_memory_stats() if torch.cuda.is_available() else None
             start = time.perf_counter()
-            coco, _ = run(items)
-            yield f'{str(dtype)[6:]}, images/s', len(items) / (time.perf_counter() - start)
-            yield f'{str(dtype)[6:]}, masks an image', len(coco['annotations']) / len(items)
-            if dtype == torch.bfloat16 and threads > 4:
-                torch.set_num_threads(4)
-                with tempfile.TemporaryDirectory() as other:
-                    start = time.perf_counter()
-                    run(items, folder=other)
-                    yield 'bfloat16, 4 threads, images/s', len(items) / (time.perf_counter() - start)
-                torch.set_num_threads(threads)
+            coco, _ = run(items, batch_size=batch_size)
+            return len(items) / (time.perf_counter() - start), len(coco['annotations']) / len(items)
+
+    net = random_vit(torch.bfloat16).to(device())
+    for batch_size in (16, 32, 64) if not S['tiny'] else (1, 2):
+        yield f'bfloat16, {batch_size} at a time, images/s', rate(net, batch_size)[0]
+        if torch.cuda.is_available():
+            yield '... peak GiB', torch.cuda.max_memory_allocated() / 2**30
+    torch.set_num_threads(min(threads, 4))
+    yield f'... {torch.get_num_threads()} threads, images/s', rate(net, batch_size)[0]
+    torch.set_num_threads(threads)
+    fast, masks = rate(random_vit().to(device()), batch_size)
+    yield f'float32, {batch_size} at a time, images/s', fast
+    yield '... masks an image', masks
 
 
 class Labelled(Dataset):

@@ -201,9 +201,9 @@ def test_points_of_many_pixels_are_added_in_pieces():
     a, b = (lattice(image, sxy=60.0, srgb=5.0, compiled=c) for c in (True, False))
     splat = _torch_splat(b)
     x = torch.rand(2, 90 * 80, generator=torch.Generator().manual_seed(0))
-    want = torch.zeros(b.up.shape[1], 2, dtype=torch.double)
+    want = torch.zeros(2, b.up.shape[1], dtype=torch.double)
     for k in range(6):
-        want.index_add_(0, b.index[:, k].long(), (b.weight[:, k] * x).T.double())
+        want.index_add_(1, b.index[:, k].long(), (b.weight[:, k] * x).double())
     assert torch.bincount(b.index.flatten().long()).max() > 20 * _PIECE
     torch.testing.assert_close(splat(x).double(), want, atol=1e-3, rtol=1e-5)
     for f, lat in ((_torch_filter, b), (_compiled_filter, a)):

@@ -303,7 +303,7 @@ def test_disagreement_drops_a_mask():
 def test_score_is_the_agreement_off_the_border():
     image = disc_image(1)
     small = module.resize_image(image, (64, 64))
-    keys = Colours().keys(module.normalize(module.to_tensor(small))[None])[0]
+    keys = Colours().keys(module.normalize(to_tensor(small))[None])[0]
     _, agreement = refine(small, maskcut(keys, tau=0.2, n_masks=1), crf=True)
     (found,) = label_image(image, Colours(), **OPTIONS | dict(n_masks=1))
     mask = decode_rle(found['segmentation'])

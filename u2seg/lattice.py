@@ -8,6 +8,7 @@ __all__ = ['Lattice', 'lattice']
 # %% ../nbs/21_lattice.ipynb #imports
 import math
 from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations
 from typing import NamedTuple
 
 import numba
@@ -28,7 +29,7 @@ class Lattice(NamedTuple):
     weight:Tensor  # float32 [N, 6], their barycentric coordinates
     up:Tensor      # int32 [6, M], next point in each of the 6 directions; M where it is not touched
     down:Tensor    # int32 [6, M], previous point
-    order:Tensor|None = None # int64 [6 N], all corners by point, where torch operations made it
+    order:Tensor|None = None # int64 [6 N], corners k N + i by point, where torch operations made it
 
 # %% ../nbs/21_lattice.ipynb #elevate
 @_compile
@@ -194,26 +195,27 @@ def _filter(x, index, weight, up, down, factor, out):
 
 # %% ../nbs/21_lattice.ipynb #torch_simplices
 def _torch_simplices(images, scale, radix, to_next):
-    """Of uint8 [b, H, W, 3]: keys int64 [N, 6] and weights [N, 6] of the corners, N = b H W.
+    """Of uint8 [b, H, W, 3]: keys int64 [6, N] and weights [6, N] of the corners, N = b H W.
     `_elevate`, `_rank` and `_corners` as torch operations."""
-    b, H, W = images.shape[:3]
-    number, y, x = torch.meshgrid(*(torch.arange(n, device=images.device) for n in (b, H, W)), indexing='ij')
-    f = torch.cat([x[..., None], y[..., None], images], -1).flatten(0, 2).float()*scale            # [N, 5]
-    above = [torch.zeros_like(f[:, 0])]
-    for j in range(4, -1, -1): above.insert(0, above[0] + f[:, j])
-    e = (torch.stack(above, 1) - torch.arange(6, device=f.device)*F.pad(f, (1, 0)))*np.float32(1/6)
+    number, y, x = torch.meshgrid(*(torch.arange(n, device=images.device) for n in images.shape[:3]), indexing='ij')
+    f = torch.stack([x, y, *images.unbind(-1)]).flatten(1).float()*scale[:, None]                  # [5, N]
+    above = [torch.zeros_like(f[0])]
+    for j in range(4, -1, -1): above.insert(0, above[0] + f[j])
+    sixths = torch.arange(6, device=f.device)[:, None]
+    e = (torch.stack(above) - sixths*F.pad(f, (0, 0, 1, 0)))*np.float32(1/6)
     r = (e + .5).floor()
-    e, total = e - r, r.sum(1, keepdim=True).long()
-    place = e.argsort(dim=1, descending=True, stable=True)
-    order = torch.arange(6, device=f.device).expand_as(place)
-    rank = torch.empty_like(place).scatter_(1, place, order) + total
+    e, rank = e - r, r.sum(0).long().repeat(6, 1)
+    for j, k in combinations(range(6), 2):
+        less = e[j] < e[k]
+        rank[j] += less
+        rank[k] += ~less
     wrap = (rank < 0).long() - (rank > 5).long()
     e, r, rank = e - wrap, r.long() + wrap, rank + 6*wrap
-    ranked = torch.empty_like(e).scatter_(1, rank, e)                                              # in order of rank
-    weight = torch.cat([1 + ranked[:, 5:] - ranked[:, :1], (ranked[:, :-1] - ranked[:, 1:]).flip(1)], 1)
-    step = torch.empty_like(rank).scatter_(1, 5 - rank, 1 - radix.expand_as(rank))                 # to the next corner
-    first = (r*radix).sum(1, keepdim=True) + to_next*number.reshape(-1, 1)
-    return torch.cat([first, first + step[:, :5].cumsum(1)], 1), weight
+    ranked = torch.empty_like(e).scatter_(0, rank, e)                                              # in order of rank
+    weight = torch.cat([1 + ranked[5:] - ranked[:1], (ranked[:-1] - ranked[1:]).flip(0)])
+    step = torch.empty_like(rank).scatter_(0, 5 - rank, (1 - radix)[:, None].expand_as(rank))      # to the next corner
+    first = (r*radix[:, None]).sum(0) + to_next*number.flatten()
+    return torch.cat([first[None], first + step[:5].cumsum(0)]), weight
 
 # %% ../nbs/21_lattice.ipynb #lattice
 def _torch_lattice(images, scale, radix, to_next):
@@ -226,7 +228,7 @@ def _torch_lattice(images, scale, radix, to_next):
     up = torch.searchsorted(points, to).clamp_max(m - 1)
     up = torch.where(points[up] == to, up, m)
     down = torch.full((6, m + 1), m, device=up.device).scatter_(1, up, torch.arange(m, device=up.device).expand(6, m))
-    return Lattice(index.view(-1, 6), weight, up.int(), down[:, :m].int(), order)
+    return Lattice(index.view(6, -1).T, weight.T, up.int(), down[:, :m].int(), order)
 
 def lattice(image:Tensor,        # uint8 [H, W, 3]; for torch operations also several, [b, H, W, 3]
             *, sxy:float,        # std of the kernel, px
@@ -257,29 +259,39 @@ def _compiled_filter(lat:Lattice, n_threads:int=1):
     return lambda x, factor, out: _each(n_threads, lambda a, b: _filter(a, *arrays, np.float32(factor), b), x, out)
 
 # %% ../nbs/21_lattice.ipynb #torch_filter
-_PIECE = 32                                                       # corners that one thread of a GPU adds up
+_PIECE = 8                                                        # corners
 
 def _torch_splat(lat):
-    "Function float [c, N] -> [M, c], each point's pixels summed in a fixed order."
-    m, device = lat.up.shape[1], lat.order.device
-    weight, index = lat.weight.flatten()[lat.order], lat.index.flatten()[lat.order]
-    begin = torch.searchsorted(index, torch.arange(m + 1, device=device, dtype=torch.int32))
+    "Function float [c, N] -> [c, M], each point's pixels summed in a fixed order."
+    n, m, device = len(lat.index), lat.up.shape[1], lat.order.device
+    begin = torch.searchsorted(lat.index.T.flatten()[lat.order], torch.arange(m + 1, device=device, dtype=torch.int32))
     n_pieces = (begin.diff() + _PIECE - 1)//_PIECE
     first = n_pieces.cumsum(0) - n_pieces                         # of each point's pieces
     point = torch.repeat_interleave(n_pieces)
-    each = torch.arange(len(point), device=device)
-    piece, pixel = (begin[point] + _PIECE*(each - first[point])).int(), (lat.order//6).int()
+    at = begin[point] + _PIECE*(torch.arange(len(point), device=device) - first[point])
+    at = at + torch.arange(_PIECE, device=device)[:, None]        # [8, pieces]
+    inside = at < begin[point + 1]
+    corner = lat.order[torch.where(inside, at, 0)]
+    weight, pixel = torch.where(inside, lat.weight.T.flatten()[corner], 0.), corner % n
+    several = n_pieces > 1
+    rest, offset = several[point].nonzero()[:, 0], (n_pieces[several].cumsum(0) - n_pieces[several])
+    each, several = torch.arange(len(rest), device=device), several.nonzero()[:, 0]
     def run(x):
-        sums = F.embedding_bag(pixel, x.T.contiguous(), piece, mode='sum', per_sample_weights=weight)
-        return F.embedding_bag(each, sums, first, mode='sum')
+        sums = weight[0]*x[:, pixel[0]]
+        for w, p in zip(weight[1:], pixel[1:]): sums.addcmul_(w, x[:, p])
+        v = sums[:, first]
+        if len(rest): v[:, several] = F.embedding_bag(each, sums[:, rest].T.contiguous(), offset, mode='sum').T
+        return v
     return run
 
 def _torch_filter(lat:Lattice):
     "`_filter` as torch operations: a function that adds `factor` times the filtered x [c, N] to `out`."
     splat, untouched = _torch_splat(lat), lat.up.shape[1]
     ways = F.pad(torch.stack([lat.up, lat.down], 1), (0, 1), value=untouched).long()          # [6, 2, M + 1]
+    index, weight = lat.index.T.long(), lat.weight.T.contiguous()                             # [6, N]
     def run(x, factor, out):
-        v = F.pad(splat(x), (0, 0, 0, 1))
-        for up, down in ways: v = v + .5*(v[up] + v[down])
-        return out.add_(F.embedding_bag(lat.index, v, mode='sum', per_sample_weights=lat.weight).T, alpha=factor)
+        v = F.pad(splat(x), (0, 1))
+        for up, down in ways: v = torch.add(v, v[:, up] + v[:, down], alpha=.5)
+        for w, i in zip(weight, index): out.addcmul_(w, v[:, i], value=factor)
+        return out
     return run
