@@ -115,6 +115,12 @@ def test_too_few_labels_and_absent_maps_are_refused(data):
         F.read_labels(data / 'p.json')
 
 
+def test_sizes_beyond_the_images_are_said_to_be_left_out(data, capsys):
+    truth = F.read_labels(data / 'labels.json')[0]
+    assert [len(part.images) for part in F._smallest(truth, [3, 100, 8, 5, 3])] == [3, 5]
+    assert capsys.readouterr().out == 'a size of 100 is left out: there are 8 images to train on\n'
+
+
 def test_what_is_labelled_is_not_suggested():
     images = [dict(id=i, file_name=f'{i}.jpg', height=9, width=9) for i in range(1, 7)]
     rows = [dict(image_id=i, category_id=1 + i // 4, score=0.8, bbox=[0, 0, 4, 4]) for i in range(1, 7)]

@@ -426,6 +426,49 @@ def test_maskcut_refuses_what_is_no_vit(tmp_path, backbone, message, capsys, mon
     assert not (tmp_path / 'sprung').exists() and not (tmp_path / 'cut').exists()
 
 
+@pytest.mark.parametrize(
+    'words,message',
+    [
+        ('predict photo.png --weights cutler --score 2', 'score must lie in [0, 1], got 2.0'),
+        ('predict photo.png --weights cutler --batch-size 0', 'batch_size must be a whole number of at least 1'),
+        ('predict photo.png --weights cutler --device gpu', "device 'gpu' is not there"),
+        ('maskcut photo.png --n-masks 0', 'n_masks must be 1 or more, got 0'),
+        ('maskcut photo.png --size 0', 'size must be 1 or more, got 0'),
+        ('maskcut photo.png --size 100', 'size must be a multiple of the patch size 8, got 100'),
+        ('maskcut photo.png --tau 2', 'tau must lie in'),
+        ('maskcut photo.png --backbone vit_small_patch14_dinov2.lvd142m', 'no threshold is known for DINOv2'),
+        ('maskcut photo.png --backbone resnet50', 'must be a plain pre-norm ViT of timm'),
+        ('evaluate --data none --weights cuttler', "nothing is called 'cuttler'; did you mean cutler"),
+        ('evaluate --data none --weights dino', 'dino is a backbone, which segments nothing by itself'),
+        ('evaluate --data none --weights cutler --device gpu', "device 'gpu' is not there"),
+        ('finetune --labels none.json --weights cuttler', "nothing is called 'cuttler'; did you mean cutler"),
+        ('finetune --labels none.json --weights cutler', 'none.json: no such file'),
+        ('finetune --labels none.json --weights cutler --n-iters 3', 'n_iters must be 4 or more, got 3'),
+        ('finetune --labels none.json --weights cutler --lr 0', 'lr must be positive, got 0.0'),
+        ('finetune --labels none.json --weights cutler --seed -1', 'seed must be 0 or more, got -1'),
+        ('finetune --labels none.json --weights cutler --sizes 4 0', 'sizes must be 1 or more, got 0'),
+        ('finetune --labels none.json --weights cutler --device gpu', "device 'gpu' is not there"),
+        ('finetune --labels none.json --weights cutler --out photo.png', 'photo.png: is a file'),
+        ('export none --format yolo --val 1', 'val must lie in [0, 1), got 1.0'),
+        ('suggest none --n 0', 'n must be 1 or more, got 0'),
+        ('name --port 70000', 'port 70000 cannot be had'),
+        ('convert large.json --images none', 'none: no such folder of images'),
+        ('convert large.json --out photo.png', 'photo.png: is a file'),
+    ],
+)
+def test_options_are_checked_before_anything_is_fetched_or_read(server, tmp_path, monkeypatch, capsys, words, message):
+    def asks(*args, **options):
+        raise AssertionError('something was fetched or read')
+
+    photo(tmp_path / 'photo.png')
+    (tmp_path / 'large.json').write_text('not read')
+    monkeypatch.setattr('u2seg.cut._ask', asks)
+    monkeypatch.setattr('u2seg.annotations.read_json', asks)
+    assert main(words.split()) == 1
+    err = capsys.readouterr().err
+    assert message in err and err.count('\n') == 1 and server.asked == []
+
+
 def test_without_a_network_maskcut_names_a_file_that_will_do(tmp_path):
     photo(tmp_path / 'photo.png')
     env = os.environ | dict(HF_HUB_OFFLINE='1', HF_HOME=str(tmp_path / 'hub'), PYTHONPATH=str(root))

@@ -100,7 +100,9 @@ def predict(images:list[str], weights:str|None=None, out:str='segmented', score:
 # %% ../nbs/95_cli.ipynb #evaluate
 def evaluate(data:str, predictions:str|None=None, **options): # of `evaluate_files`
     "Score predictions or a model against ground truth: PQ, AP, PixelAcc, mIoU, class by class."
+    from u2seg import zoo
     from u2seg.score import evaluate_files
+    if options.get('weights'): zoo.check_model(options['weights'])
     print(evaluate_files(data, predictions=predictions, **options))
 
 # %% ../nbs/95_cli.ipynb #maskcut

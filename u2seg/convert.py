@@ -17,6 +17,7 @@ from .annotations import convert_cityscapes, convert_instances, convert_panoptic
 from .backbone import BLOCKS
 from .checkpoints import load_weights, rename, rename_weights, save_weights
 from .model import DEFAULTS, build_model
+from .result_folder import result_folder
 from .weights import SUFFIXES, read_weights
 
 # %% ../nbs/93_convert.ipynb #checkpoint_config
@@ -97,7 +98,9 @@ def convert(path:str|Path, # checkpoint, .json, or a VOC folder
             maps:str|Path|None=None,      # panoptic: the folder of the PNGs
             )->dict: # counts; `folder` that was written
     "Convert a checkpoint (see `u2seg.weights`), an annotation file (with `maps`, panoptic), or a VOC folder."
-    path = Path(path)
+    path, out = Path(path), result_folder(out)
+    for folder in [Path(images, f) for f in folders] if images else []:
+        if not folder.is_dir(): raise ValueError(f'{folder}: no such folder of images')
     if (path/'Annotations').is_dir(): return dict(convert_voc(path), folder=path/'annotations')
     if path.is_dir():
         raise ValueError(f'{path}: a folder to convert is one of VOC, with Annotations and JPEGImages in it')

@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 
 import timm
+import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.utils import HfHubHTTPError
 
@@ -77,16 +78,23 @@ def _downloaded(name): # by timm
 # %% ../nbs/66_cut.ipynb #cut_options
 _DINO = 'vit_small_patch8_224.dino'   # 22 million weights
 
-def cut_options(backbone:str|Path, features:ViTFeatures, *, size:int|None, tau:float|None, n_masks:int)->dict:
-    "The arguments of `label_image`; `ValueError` for a family whose threshold nobody knows."
+def cut_options(backbone:str|Path, patch_size:int, *, size:int|None, tau:float|None, n_masks:int)->dict:
+    "The arguments of `label_image`; `ValueError` for what cannot be, or a family whose threshold nobody knows."
     own = family(str(backbone)) or family(_DINO)
     if tau is None and own.tau is None:
         raise ValueError(f'{backbone}: no threshold is known for {own.name}; name one, such as --tau .4')
     tau = own.tau if tau is None else tau
-    size = size or own.size//features.patch_size*features.patch_size
+    size = own.size//patch_size*patch_size if size is None else size
     options = dict(size=size, feature=own.feature, tau=tau, n_masks=n_masks, min_agreement=.5)
-    check_options(**options, patch_size=features.patch_size)
+    check_options(**options, patch_size=patch_size)
     return options | dict(crf=True)
+
+def _load(backbone, device, **options)->tuple[ViTFeatures, dict]: # and the arguments of `label_image`
+    known = timm.is_model(str(backbone))                           # the patch size of a file is known when it is read
+    with torch.device('meta'): patch_size = ViTFeatures(str(backbone)).patch_size if known else 1
+    cut_options(backbone, patch_size, **options)                   # before the weights are fetched
+    features = load_backbone(backbone).to(device)
+    return features, cut_options(backbone, features.patch_size, **options)
 
 # %% ../nbs/66_cut.ipynb #cut_image
 def cut_image(image,                         # a path, PIL image, array or tensor, see `as_image`
@@ -97,8 +105,8 @@ def cut_image(image,                         # a path, PIL image, array or tenso
               )->list[dict]:                 # {segmentation: RLE of [H, W], score}
     "Objects of one image, without labels or training."
     image = as_image(image)
-    features = load_backbone(backbone).to(check_device(device))
-    return label_image(image, features, **cut_options(backbone, features, size=size, tau=tau, n_masks=n_masks))
+    features, options = _load(backbone, check_device(device), size=size, tau=tau, n_masks=n_masks)
+    return label_image(image, features, **options)
 
 # %% ../nbs/66_cut.ipynb #write_results
 def _write(out, item, image, annotations):
@@ -128,8 +136,7 @@ def cut_folder(images:str|Path|list,         # files, folders, patterns
     "Overlays and COCO instances of many images; `ValueError` if `out` holds results of another backbone or settings."
     device, out = check_device(device), result_folder(out)
     files = find_images(images, without=out)
-    features = load_backbone(backbone).to(device)
-    options = cut_options(backbone, features, size=size, tau=tau, n_masks=n_masks)
+    features, options = _load(backbone, device, size=size, tau=tau, n_masks=n_masks)
     now, root = {*files}, common_folder(files)
     work = dict(root=root, folder=out/'.work', shard_size=1, batch_size=1)
     with nothing_left(out):

@@ -191,10 +191,11 @@ def _link(job, fmt, im):
     link_to(im['path'], folder/(im['name'] + os.path.splitext(im['file_name'])[1]))
 
 # %% ../nbs/67_export.ipynb #claim
-def _check_options(fmt, score, loss, link):
+def _check_options(fmt, score, loss, val, link):
     if fmt not in FORMATS: raise ValueError(f'format must be one of {", ".join(FORMATS)}, got {fmt!r}')
     if not 0 <= loss < 1: raise ValueError(f'loss must lie in [0, 1), got {loss}')
     if not 0 <= score <= 1: raise ValueError(f'score must lie in [0, 1], got {score}')
+    split_of([], val)
     if link and fmt not in PLACES: raise ValueError(f'{fmt} names the images by path and takes no links')
 
 def _claim(out, key):
@@ -217,7 +218,7 @@ def export(source:str|Path,    # see `read_predictions`
            link:bool=False,    # links to the images, where the format has a place for them
            )->dict:            # counts: images, objects
     "Write predictions in the form of a tool; called again after a kill, it goes on."
-    _check_options(fmt, score, loss, link)
+    _check_options(fmt, score, loss, val, link)
     p, out = read_predictions(source, images), result_folder(out)
     _check_images(p.images, link)
     splits = split_of([im['file_name'] for im in p.images], val)

@@ -32,6 +32,7 @@ from .result_folder import result_folder
 from .show import Picture, save_figure
 from .solver import Solver
 from .train import fit
+from .zoo import check_model
 
 # %% ../nbs/99_finetune.ipynb #plan
 @dataclass(frozen=True)
@@ -55,6 +56,14 @@ def plan(n:int,     # images to train on
     batch_size = min(8, n)
     if n_iters is None: n_iters = round(60*n**.5)
     return Plan(n_iters, .002*24/width*(batch_size/8)**.5 if lr is None else lr, batch_size)
+
+# %% ../nbs/99_finetune.ipynb #check_options
+def _check_options(weights, fraction, n_iters, lr, sizes, seed):
+    check_model(weights)
+    held_out([], fraction)
+    plan(5, 64, n_iters=n_iters, lr=lr)
+    if seed < 0: raise ValueError(f'seed must be 0 or more, got {seed}')
+    if wrong := [k for k in sizes if k < 1]: raise ValueError(f'sizes must be 1 or more, got {wrong[0]}')
 
 # %% ../nbs/99_finetune.ipynb #solver
 def _solver(p, k): # of round k
@@ -140,9 +149,11 @@ def _before(file, config, root, train, val, device, folder):
         return _scores(model, root, val, _voted(model, root, few))
     return _once(folder/f'before-{file_hash(file)[:16]}.json', measure)
 
-def _smallest(truth, n):
-    "The `n` images whose names have the smallest digests."
-    return part_of(truth, held_out([im['file_name'] for im in truth.images], n/len(truth.images)))
+def _smallest(truth, sizes)->list: # a part of `truth` for each size below its own
+    "The images whose names have the smallest digests."
+    names, n = [im['file_name'] for im in truth.images], len(truth.images)
+    for k in (k for k in sizes if k > n): print(f'a size of {k} is left out: there are {n} images to train on')
+    return [part_of(truth, held_out(names, k/n)) for k in sorted({k for k in sizes if k < n})]
 
 def _best(rounds): return max(rounds, key=_main)
 
@@ -182,23 +193,24 @@ def _save(model, truth, out, result):
 def finetune(labels:str|Path,           # see `read_labels`
              weights:str|Path,          # a model folder, a file with its model.yaml beside it, or a name
              out:str|Path,              # folder for the model
-             *, images:str|Path|None=None, # folder of the images
-             fraction:float=.2,         # of the images is held out
+             *, images:str|Path|None=None, fraction:float=.2, # folder of the images; how many are held out
              n_iters:int|None=None, lr:float|None=None, # see `plan`
              random:bool=False,         # the same network with random weights, to compare with
              sizes:list[int]=(),        # smaller numbers of training images, for the curve
              seed:int=0, device:str|None=None,
              )->dict:                   # n_train, n_held_out, plan, before, rounds, after, curve
     "Fine-tune a model on labelled images; called again after a kill, it goes on."
-    file, out, device = _weight_file(weights), result_folder(out), check_device(device)
-    config = read_config(file.with_name('model.yaml'))
+    out, device = result_folder(out), check_device(device)
+    _check_options(weights, fraction, n_iters, lr, sizes, seed)
     train, val, root = _halves(labels, images, fraction)
+    file = _weight_file(weights)
+    config = read_config(file.with_name('model.yaml'))
     n, folder = len(train.images), out/'.work'/file_hash(labels)[:16]
     p = plan(n, config['width'], n_iters=n_iters, lr=lr)
     before = {} if random else _before(file, config, root, train, val, device, folder)
     run = partial(_run, val=val, root=root, config=config, file=None if random else file, folder=folder, seed=seed,
                   device=device)
-    smaller = [_smallest(train, k) for k in sorted({k for k in sizes if 0 < k < n})]
+    smaller = _smallest(train, sizes)
     tried = [run(part, plan(len(part.images), config['width'], lr=lr))[1] for part in smaller]
     model, rounds = run(train, p)
     sizes = [*(len(part.images) for part in smaller), n]

@@ -149,13 +149,16 @@ class _Server(ThreadingHTTPServer):
     daemon_threads, request_queue_size = True, 128
     allow_reuse_address = True
 
+def _server(port):
+    try: return _Server(('127.0.0.1', port), _Handler)
+    except (OSError, OverflowError) as e: raise ValueError(f'port {port} cannot be had: {e}') from None
+
 @contextmanager
 def serve(naming:Naming,
           port:int=0, # 0: a free one
           ):          # gives the address
     "Serve the page on loopback."
-    try: server = _Server(('127.0.0.1', port), _Handler)
-    except (OSError, OverflowError) as e: raise ValueError(f'port {port} cannot be had: {e}') from None
+    server = _server(port)
     server.naming, server.token = naming, secrets.token_urlsafe(16)
     thread = threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=.1), daemon=True)
     thread.start()
@@ -207,6 +210,7 @@ def _sheet(gallery, rows)->bytes: # label -> rows of instances; JPEG
 # %% ../nbs/67_name.ipynb #name_clusters
 def name_clusters(table:str|None=None, port:int=0): # a CSV file instead of the page
     "Name the clusters of `out` in `names.yaml`."
+    if not table: _server(port).server_close()                     # before the run is read
     gallery = open_gallery('out')
     journal = resume('.', gallery)
     carried, unsure = (len(journal.start.get(k) or {}) for k in ('carried', 'unsure'))

@@ -194,9 +194,7 @@ def _read_model(path, config, score, naming)->tuple[nn.Module, Names]: # and wha
     if config is None and not beside.is_file():
         raise ValueError(f'{beside}: not there; weights need their model.yaml beside them, or in Python config=')
     config = check_config(config) if isinstance(config, dict) else read_config(config or beside)
-    if score is not None:
-        if not 0 <= score <= 1: raise ValueError(f'score must lie in [0, 1], got {score}')
-        config |= dict(score_threshold=score, panoptic_score=score)
+    if score is not None: config |= dict(score_threshold=score, panoptic_score=score)
     model = build_model(config)
     report = load_weights(model, file)
     if report.missing or report.mismatched: raise ValueError(f'{file} does not fit its configuration: {report}')
@@ -251,6 +249,7 @@ class U2Seg:
                         device:str|None=None,    # None: a GPU if there is one
                         score:float|None=None,   # least score of a thing; None: the model's thresholds
                         naming:Names|None=None, embed:Callable|None=None)->'U2Seg': # None: what `names_of` finds
+        if score is not None and not 0 <= score <= 1: raise ValueError(f'score must lie in [0, 1], got {score}')
         device, path = check_device(device), _locate(weights)
         model, names = _read_model(path, config, score, naming)
         if names.parts and embed is None: embed = import_module('u2seg.gallery').embed_of(path)

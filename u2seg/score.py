@@ -28,7 +28,7 @@ from .masks import mask_to_box, read_ids, whole
 from .matching import map_instances
 from .metrics import class_ap, remap, semantic_scores
 from .paper import WEIGHTS, paper_column
-from .predict import _check_batch_size, U2Seg
+from .predict import _check_batch_size, check_device, U2Seg
 from .result_folder import result_folder
 from .results import COLUMNS
 from .segments import check_segments, read_panoptic
@@ -277,8 +277,8 @@ def evaluate_files(data:str|Path,                      # as of `find_truths`
         raise ValueError('name what is to be scored: predictions (a folder or file), or --weights, one of them')
     if n_images is not None and n_images < 1: raise ValueError(f'n_images must be 1 or more, got {n_images}')
     _check_batch_size(batch_size)
-    out, texts, written = result_folder(out), [], {}
-    work = out/'.work'/'scores'                                    # of `out` the rest may be of another command
+    device, out = check_device(device), result_folder(out)
+    texts, written, work = [], {}, out/'.work'/'scores'            # of `out` the rest may be of another command
     truths = _truths_as_scored(data, weights, classes, n_images)
     model = U2Seg.from_pretrained(weights, device=device) if weights else None
     for root, truth in truths:

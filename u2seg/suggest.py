@@ -46,6 +46,7 @@ def suggest(instances:str|Path|dict, # COCO instances with scores
             *, labelled:list[str]=(), # file names
             )->list[str]:            # file names, the most useful first
     "The images to label first; `ValueError` if `n` are not left."
+    if n is not None and n < 1: raise ValueError(f'n must be 1 or more, got {n}')
     a, images = evidence(instances)
     names, done = [im['file_name'] for im in images], {*labelled}
     if done and done.isdisjoint(names):
