@@ -115,6 +115,18 @@ def test_too_few_labels_and_absent_maps_are_refused(data):
         F.read_labels(data / 'p.json')
 
 
+def test_weights_that_are_not_whole_are_told_what_they_need(data):
+    (data / 'alone').mkdir()
+    (data / 'base' / 'model.safetensors').rename(data / 'alone' / 'best.safetensors')
+    takes = 'takes a folder with model.safetensors and model.yaml, .*, the file in it, or a name that `u2seg download`'
+    for weights, message in (
+        (data / 'alone' / 'best.safetensors', 'alone/best.safetensors: no model.yaml beside it, which says what network'),
+        (data / 'alone', 'alone/model.safetensors: no such file of weights'),
+    ):
+        with pytest.raises(ValueError, match=f'{message}.*; --weights {takes}'):
+            F.finetune(data / 'labels.json', weights, data / 'tuned', device='cpu')
+
+
 def test_sizes_beyond_the_images_are_said_to_be_left_out(data, capsys):
     truth = F.read_labels(data / 'labels.json')[0]
     assert [len(part.images) for part in F._smallest(truth, [3, 100, 8, 5, 3])] == [3, 5]

@@ -186,6 +186,18 @@ def test_what_cannot_be_scored_is_said_in_a_sentence(drawn, tmp_path):
         evaluate_files(tmp_path, predictions=panoptic)
 
 
+def test_classes_that_only_coco_has_are_asked_for_elsewhere(drawn, tmp_path):
+    panoptic = drawn / 'scenes' / 'annotations' / 'panoptic_val.json'
+    of_coco = dict(categories=[dict(id=1, name='person')], annotations=[dict(BOX, id=1, area=9)])
+    images = [dict(id=1, file_name='1.jpg', height=60, width=60)]
+    (tmp_path / 'things.json').write_text(json.dumps(of_coco | dict(images=images)))
+    own = [c['name'] for c in json.loads(panoptic.read_text())['categories']]
+    for data, classes in [(panoptic, own[:4]), (drawn / 'scenes', own[:4]), (tmp_path / 'things.json', ['person'])]:
+        here = f'^{data}: --classes supercategories joins COCO.s 53 .*, and here are {", ".join(classes)} ...;'
+        with pytest.raises(ValueError, match=here):
+            evaluate_files(data, predictions=panoptic, classes='supercategories', out=tmp_path / 'evaluated')
+
+
 BOX = dict(image_id=1, category_id=1, score=0.5, bbox=[1, 1, 50, 50])
 ONE = dict(images=[], categories=[dict(id=1, name='x')])
 

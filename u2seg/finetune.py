@@ -80,11 +80,15 @@ def _augment(config):
     return Augment(**sizes, flip=.5, colour_jitter=[.3, .3, .3, .02], **paste)
 
 # %% ../nbs/99_finetune.ipynb #initial
+_BOTH = ('--weights takes a folder with model.safetensors and model.yaml, as stage train, `u2seg finetune` and `u2seg '
+         'convert` write it, the file in it, or a name that `u2seg download` lists')
+
 def _weight_file(weights)->Path:
     path = _locate(weights)
     path = path/'model.safetensors' if path.is_dir() else path
-    if not path.is_file(): raise ValueError(f'{path}: no such file of weights')
-    return path
+    if not path.is_file(): raise ValueError(f'{path}: no such file of weights; {_BOTH}')
+    if path.with_name('model.yaml').is_file(): return path
+    raise ValueError(f'{path}: no model.yaml beside it, which says what network it belongs to; {_BOTH}')
 
 def _network(config, file, truth, seed)->nn.Module: # file None: random weights
     with torch.random.fork_rng(devices=[]):

@@ -179,9 +179,8 @@ def model_outputs(model,                    # a `U2Seg`
                   batch_size:int=8, n_procs:int=1)->Predictions:
     "Predictions of a model; its categories are clusters."
     net = model.model
-    weights = _digest(net)
     by_image = predict_methods(root, {truth.split: truth.images}, model=net, folder=folder, batch_size=batch_size,
-                               key=dict(weights=weights, config=net.config), n_procs=n_procs, parts=None)
+                               key=dict(weights=_digest(net), config=net.config), n_procs=n_procs, parts=None)
     return Predictions(by_image[truth.split]['U2Seg'], net.config['n_things'], net.config['n_stuff'], None)
 
 # %% ../nbs/89_score.ipynb #class_scores
@@ -255,15 +254,18 @@ def _percent(x): return '' if x is None else f'{100*x:.1f}'
 
 def _aligned(lines):
     width = [max(map(len, column)) for column in zip(*lines)]
-    return '\n'.join('  '.join([first.ljust(width[0]), *(c.rjust(w) for c, w in zip(rest, width[1:]))])
-                     for first, *rest in lines)
+    return '\n'.join('  '.join([a.ljust(width[0]), *(c.rjust(w) for c, w in zip(b, width[1:]))]) for a, *b in lines)
 
 # %% ../nbs/89_score.ipynb #truths_as_scored
 def _truths_as_scored(data, weights, classes, n_images):
     "The ground truth; of the weights that the paper has scored on COCO, in its classes."
-    truths = find_truths(data, n_images=n_images, classes=classes or 'given')
-    if classes or weights not in WEIGHTS or not all(t.stuff and is_coco(t) for _, t in truths): return truths
-    return find_truths(data, n_images=n_images, classes='supercategories')
+    truths = find_truths(data, n_images=n_images)
+    if all(t.stuff and is_coco(t) for _, t in truths):
+        joined = classes == 'supercategories' or not classes and weights in WEIGHTS
+        return find_truths(data, n_images=n_images, classes='supercategories') if joined else truths
+    if classes != 'supercategories': return truths
+    raise ValueError(f"{data}: --classes supercategories joins COCO's 53 classes of stuff, and here are "
+                     f"{', '.join([*truths[0][1].names.values()][:4])} ...; without it they are scored as they are")
 
 # %% ../nbs/89_score.ipynb #evaluate_files
 def evaluate_files(data:str|Path,                      # as of `find_truths`
