@@ -11,7 +11,7 @@ from u2seg.checkpoints import save_weights
 from u2seg.export import export
 from u2seg.images import read_json, write_json, write_png
 from u2seg.masks import encode_rle, instances_json
-from u2seg.model import build_model
+from u2seg.model import build_model, read_config
 from u2seg.suggest import suggest
 
 CONFIG = dict(
@@ -118,13 +118,33 @@ def test_too_few_labels_and_absent_maps_are_refused(data):
 def test_weights_that_are_not_whole_are_told_what_they_need(data):
     (data / 'alone').mkdir()
     (data / 'base' / 'model.safetensors').rename(data / 'alone' / 'best.safetensors')
-    takes = 'takes a folder with model.safetensors and model.yaml, .*, the file in it, or a name that `u2seg download`'
+    takes = 'takes a folder with model.safetensors and model.yaml, .*, or a name that `u2seg download`'
     for weights, message in (
-        (data / 'alone' / 'best.safetensors', 'alone/best.safetensors: no model.yaml beside it, which says what network'),
+        (data / 'alone' / 'best.safetensors', 'alone/best.safetensors: no model.yaml beside it, which says what'),
         (data / 'alone', 'alone/model.safetensors: no such file of weights'),
     ):
         with pytest.raises(ValueError, match=f'{message}.*; --weights {takes}'):
             F.finetune(data / 'labels.json', weights, data / 'tuned', device='cpu')
+
+
+@pytest.mark.parametrize('options,droploss', [({}, 0.0), (dict(droploss=0.25), 0.25)])
+def test_complete_labels_are_learned_without_the_droploss_of_the_model(data, monkeypatch, options, droploss):
+    seen, fit = [], F.fit
+
+    def noted(model, *args, **kwargs):
+        seen.append(model.roi_heads.droploss)
+        return fit(model, *args, **kwargs)
+
+    monkeypatch.setattr(F, 'fit', noted)
+    save_weights(build_model(CONFIG | dict(droploss=0.5)), data / 'dropped' / 'model.safetensors')
+    folder = data / f'tuned-{droploss}'
+    for _ in range(2):
+        F.finetune(data / 'labels.json', data / 'dropped', folder, n_iters=4, device='cpu', **options)
+    assert {*seen} == {droploss}
+    assert read_config(folder / 'model.yaml')['droploss'] == droploss
+    assert len([*(folder / '.work').rglob('round_0')]) == 1
+    F.finetune(data / 'labels.json', data / 'dropped', folder, n_iters=4, device='cpu', droploss=0.1)
+    assert seen[-1] == 0.1 and len([*(folder / '.work').rglob('round_0')]) == 2  # not the rounds of the other
 
 
 def test_sizes_beyond_the_images_are_said_to_be_left_out(data, capsys):

@@ -446,6 +446,7 @@ def test_maskcut_refuses_what_is_no_vit(tmp_path, backbone, message, capsys, mon
         ('finetune --labels none.json --weights cutler --n-iters 3', 'n_iters must be 4 or more, got 3'),
         ('finetune --labels none.json --weights cutler --lr 0', 'lr must be positive, got 0.0'),
         ('finetune --labels none.json --weights cutler --seed -1', 'seed must be 0 or more, got -1'),
+        ('finetune --labels none.json --weights cutler --droploss -1', 'droploss must not be negative, got -1'),
         ('finetune --labels none.json --weights cutler --sizes 4 0', 'sizes must be 1 or more, got 0'),
         ('finetune --labels none.json --weights cutler --device gpu', "device 'gpu' is not there"),
         ('finetune --labels none.json --weights cutler --out photo.png', 'photo.png: is a file'),

@@ -25,7 +25,7 @@ from .fewshot import LabelledImages
 from .images import read_json, write_json
 from .labels import held_out, part_of, read_labels
 from .matching import file_hash
-from .model import build_model, read_config
+from .model import build_model, check_config, read_config
 from .optim import CLASS_LAYERS
 from .predict import _locate, check_device
 from .result_folder import result_folder
@@ -58,10 +58,11 @@ def plan(n:int,     # images to train on
     return Plan(n_iters, .002*24/width*(batch_size/8)**.5 if lr is None else lr, batch_size)
 
 # %% ../nbs/99_finetune.ipynb #check_options
-def _check_options(weights, fraction, n_iters, lr, sizes, seed):
+def _check_options(weights, fraction, n_iters, lr, droploss, sizes, seed):
     check_model(weights)
     held_out([], fraction)
     plan(5, 64, n_iters=n_iters, lr=lr)
+    check_config(dict(n_things=1, n_stuff=0, droploss=droploss))
     if seed < 0: raise ValueError(f'seed must be 0 or more, got {seed}')
     if wrong := [k for k in sizes if k < 1]: raise ValueError(f'sizes must be 1 or more, got {wrong[0]}')
 
@@ -83,11 +84,11 @@ def _augment(config):
 _BOTH = ('--weights takes a folder with model.safetensors and model.yaml, as stage train, `u2seg finetune` and `u2seg '
          'convert` write it, the file in it, or a name that `u2seg download` lists')
 
-def _weight_file(weights)->Path:
+def _first_weights(weights)->tuple[Path, dict]: # a file, and the configuration of its network
     path = _locate(weights)
     path = path/'model.safetensors' if path.is_dir() else path
     if not path.is_file(): raise ValueError(f'{path}: no such file of weights; {_BOTH}')
-    if path.with_name('model.yaml').is_file(): return path
+    if (beside := path.with_name('model.yaml')).is_file(): return path, read_config(beside)
     raise ValueError(f'{path}: no model.yaml beside it, which says what network it belongs to; {_BOTH}')
 
 def _network(config, file, truth, seed)->nn.Module: # file None: random weights
@@ -140,7 +141,7 @@ def _rounds(model, root, train, val, p, folder, seed)->list[dict]:
 # %% ../nbs/99_finetune.ipynb #run
 def _run(train, p, *, val, root, config, file, folder, seed, device)->tuple[nn.Module, list[dict]]:
     model = _network(config, file, train, seed).to(device)
-    key = [asdict(p), seed, file and file_hash(file), [im['file_name'] for im in train.images]]
+    key = [asdict(p), seed, config['droploss'], file and file_hash(file), [im['file_name'] for im in train.images]]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     return model, _rounds(model, root, train, val, p, folder/digest, seed)
 
@@ -199,21 +200,21 @@ def finetune(labels:str|Path,           # see `read_labels`
              out:str|Path,              # folder for the model
              *, images:str|Path|None=None, fraction:float=.2, # folder of the images; how many are held out
              n_iters:int|None=None, lr:float|None=None, # see `plan`
+             droploss:float=0.,         # of the network, see `build_model`; more than 0: labels leave objects out
              random:bool=False,         # the same network with random weights, to compare with
              sizes:list[int]=(),        # smaller numbers of training images, for the curve
              seed:int=0, device:str|None=None,
              )->dict:                   # n_train, n_held_out, plan, before, rounds, after, curve
     "Fine-tune a model on labelled images; called again after a kill, it goes on."
     out, device = result_folder(out), check_device(device)
-    _check_options(weights, fraction, n_iters, lr, sizes, seed)
+    _check_options(weights, fraction, n_iters, lr, droploss, sizes, seed)
     train, val, root = _halves(labels, images, fraction)
-    file = _weight_file(weights)
-    config = read_config(file.with_name('model.yaml'))
+    file, config = _first_weights(weights)
     n, folder = len(train.images), out/'.work'/file_hash(labels)[:16]
     p = plan(n, config['width'], n_iters=n_iters, lr=lr)
     before = {} if random else _before(file, config, root, train, val, device, folder)
-    run = partial(_run, val=val, root=root, config=config, file=None if random else file, folder=folder, seed=seed,
-                  device=device)
+    run = partial(_run, val=val, root=root, config=config | dict(droploss=droploss), file=None if random else file,
+                  folder=folder, seed=seed, device=device)
     smaller = _smallest(train, sizes)
     tried = [run(part, plan(len(part.images), config['width'], lr=lr))[1] for part in smaller]
     model, rounds = run(train, p)
