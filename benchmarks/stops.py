@@ -3,8 +3,9 @@
     python benchmarks/stops.py [--seed 0] [--stages train ...] [--hosts] [--out benchmarks/results/stops.md]
 
 The pipeline in small (tests/small.yaml) runs once from beginning to end, and once so that each stage is hit by each of
-`BLOWS`, at a moment that is drawn, and started again by `dvc repro`. A moment is a fraction of the CPU time that the
-stage took in the first run; all but the first lie after the imports. After a blow nothing of it may be left running.
+`BLOWS`, at a moment that is drawn, and started again by `dvc repro`. Moments are drawn from the CPU time that is left
+to the stage: what it took in the first run, less what it had done before earlier blows. All but the first lie after
+the imports. A stage that finishes before is made anew and hit earlier. After a blow nothing of it may be left running.
 At the end all files under out/ are compared, but for the executed notebooks, which hold times.
 
 With `--hosts`, each stage that shares its work also runs on two simulated hosts: two torchrun agents that meet over
@@ -41,6 +42,7 @@ PRETRAINING = dict(n_images=24, n_procs=1, n_threads=1)
 PRETRAINING |= dict(n_composed=dict(backbone=4, embedder=4), n_plain=dict(backbone=8, embedder=8))
 HELPERS = {stage: dict(n_procs=2) for stage in ('maskcut', 'stego', 'evaluate', 'fewshot')}
 HELPERS['cutler'] = dict(detect=dict(n_procs=2))
+LIMIT = 2400  # seconds after which two hosts have failed
 BLOWS = {
     'DVC gets SIGTERM': lambda dvc, tree: dvc.send_signal(signal.SIGTERM),
     'all processes get SIGKILL': lambda dvc, tree: [send(p, signal.SIGKILL) for p in tree],
@@ -147,28 +149,48 @@ def digests(folder):
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in kept}
 
 
-def strike(folder, stage, names, blow, fraction, seconds):
-    "Hit a stage after a fraction of its CPU `seconds`; anew, and earlier, as long as it finishes before."
-    for _ in range(5):
+def forget(folder, stage):
+    "Remove what a stage has made, and DVC's note of it, by which the files would come back from the cache."
+    for made in (folder / 'out' / stage, folder / 'out' / '.work' / stage):
+        shutil.rmtree(made, ignore_errors=True)
+    lock = folder / 'dvc.lock'
+    noted = yaml.safe_load(lock.read_text())
+    noted['stages'].pop(stage, None)
+    lock.write_text(yaml.safe_dump(noted))
+
+
+def strike(folder, stage, names, blow, moment):
+    "Hit a stage when it has used `moment` CPU seconds; anew, and earlier, as long as it finishes before."
+    for n_anew in range(5):
         dvc = start(folder, stage)
-        used, tree = follow(dvc, names, lambda name, so_far: name == stage and so_far >= fraction * seconds)
+        used, tree = follow(dvc, names, lambda name, so_far: name == stage and so_far >= moment)
         if tree:
             BLOWS[blow](dvc, tree)
             dvc.wait()
             ended, left = gone(tree)
-            return dict(stage=stage, blow=blow, at=used[stage], ended=ended, left=left)
+            return dict(stage=stage, blow=blow, at=used[stage], n_anew=n_anew, ended=ended, left=left)
         if dvc.returncode:
             raise SystemExit((folder / 'log').read_text()[-3000:])
-        seconds = 0.9 * min(seconds, used[stage])
-        for done in (folder / 'out' / stage, folder / 'out' / '.work' / stage):
-            shutil.rmtree(done, ignore_errors=True)
-    return dict(stage=stage, blow=blow, at=None, ended=0.0, left=[])
+        moment = 0.9 * min(moment, used[stage])
+        forget(folder, stage)
+    return dict(stage=stage, blow=blow, at=None, n_anew=5, ended=0.0, left=[])
+
+
+def strikes(folder, stage, names, rng, seconds, imports):
+    "Hit a stage by each of `BLOWS`; it takes CPU `seconds`, of which the imports are taken by each start."
+    left = seconds
+    for k, blow in enumerate(BLOWS):
+        row = strike(folder, stage, names, blow, rng.uniform(imports if k else 0, left))
+        if row['n_anew']:
+            left = seconds
+        left -= max(0, (row['at'] or 0) - imports)
+        yield row
 
 
 def table(rows, used):
     lines = ['| stage | CPU s | what happens | at CPU s | ended after, s | left running |', '|:--|--:|:--|--:|--:|:--|']
     for r in rows:
-        at = 'finished before' if r['at'] is None else f'{r["at"]:.1f}'
+        at = 'finished before' if r['at'] is None else f'{r["at"]:.1f}' + ', made anew' * bool(r['n_anew'])
         left = '; '.join(r['left']) or 'nothing'
         lines.append(f'| {r["stage"]} | {used[r["stage"]]:.0f} | {r["blow"]} | {at} | {r["ended"]:.1f} | {left} |')
     return lines
@@ -185,11 +207,10 @@ def run(whole, names, chosen, seed):
     rng, rows = random.Random(seed), []
     for stage in chosen:
         times = read_json(whole / 'out' / '.times' / f'{stage}.json')
-        begins = 1 - times['work'] / times['total']
-        for k, blow in enumerate(BLOWS):
-            fraction = rng.uniform(begins if k else 0, 1)
-            rows.append(strike(stopped, stage, names, blow, fraction, used[stage]))
-            print(*table(rows[-1:], used)[2:], flush=True)
+        imports = used[stage] * (1 - times['work'] / times['total'])
+        for row in strikes(stopped, stage, names, rng, used[stage], imports):
+            rows.append(row)
+            print(*table([row], used)[2:], flush=True)
     if start(stopped).wait():
         raise SystemExit((stopped / 'log').read_text()[-3000:])
     want, got = digests(whole), digests(stopped)
@@ -215,10 +236,12 @@ def agents(folder, stage):
 
 def on_hosts(folder, stage, moment=math.inf):
     "Make a stage anew; the second host's worker is killed once at `moment`. Its CPU seconds; if it was; the bytes."
-    for made in (folder / 'out' / stage, folder / 'out' / '.work' / stage):
-        shutil.rmtree(made, ignore_errors=True)
-    hosts, used, killed = agents(folder, stage), 0.0, False
+    forget(folder, stage)
+    hosts, used, killed, end = agents(folder, stage), 0.0, False, time.monotonic() + LIMIT
     while any(h.poll() is None for h in hosts):
+        if time.monotonic() > end:
+            for process in sum(map(descendants, hosts), []):
+                send(process, signal.SIGKILL)
         seconds, own = running(stage, descendants(hosts[1])[1:])  # the agent has the same last words
         used = max(used, seconds)
         if seconds >= moment and not killed:
@@ -243,7 +266,11 @@ def run_hosts(whole, chosen, seed):
     for stage in chosen:
         used, _, want = on_hosts(folder, stage)
         moment = used * rng.uniform(0.3, 0.9)
-        _, killed, got = on_hosts(folder, stage, moment)
+        for _ in range(3):  # who is second among the hosts, and has more to do, may change
+            used, killed, got = on_hosts(folder, stage, moment)
+            if killed or got != want:
+                break
+            moment = 0.9 * min(moment, used)
         same = ['same bytes' if a == b else 'others' for a, b in ((of_stage(whole, stage), want), (want, got))]
         when = f'{moment:.1f}' if killed else 'finished before'
         lines.append(f'| {stage} | {same[0]} | {when} | {same[1]} |')

@@ -233,6 +233,19 @@ def test_the_pipeline_that_is_stopped_has_all_that_dvc_yaml_names(tmp_path):
     assert [d for d in sorted(deps) if not (tmp_path / 'whole' / d).exists()] == [] and len(deps) > 50
 
 
+def test_a_stage_that_is_to_be_made_anew_does_not_come_from_the_cache(tmp_path):
+    "DVC checks out what it has of the same dependencies, and then there is no process to hit."
+    (tmp_path / 'given').write_text('x')
+    stage = dict(cmd='echo ran >> log; mkdir -p out/toy; cp given out/toy/made', deps=['given'], outs=['out/toy/made'])
+    (tmp_path / 'dvc.yaml').write_text(yaml.safe_dump(dict(stages=dict(toy=stage))))
+    subprocess.run(['dvc', 'init', '-q', '--no-scm'], cwd=tmp_path, env=environment(), check=True)
+    for n in 1, 2:
+        assert stops.start(tmp_path, 'toy').wait() == 0
+        assert (tmp_path / 'log').read_text().splitlines().count('ran') == n
+        stops.forget(tmp_path, 'toy')
+        assert not (tmp_path / 'out' / 'toy').exists()
+
+
 @pytest.mark.skipif(sys.platform != 'linux', reason='processes of DVC are found in /proc')
 def test_a_stage_hit_at_random_moments_ends_in_the_same_bytes(repository, tmp_path):
     "Stage stego, which trains, labels, and starts processes; `make nightly` does this to all stages."
