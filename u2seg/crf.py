@@ -127,14 +127,14 @@ def _prepare(image:np.ndarray|Tensor, prob:np.ndarray|Tensor, n_iters:int, gauss
     return prob, kernels
 
 # %% ../nbs/22_crf.ipynb #dense_crf
-def dense_crf(image:np.ndarray|Tensor,   # uint8 [H, W, 3]
-              prob:np.ndarray|Tensor,    # [c, H, W] probabilities of c labels; the work is done on its device
+def dense_crf(image:np.ndarray|Tensor,   # uint8 [H, W, 3]; for torch operations also several, [b, H, W, 3]
+              prob:np.ndarray|Tensor,    # [c, H, W] or [c, b, H, W] of c labels; the work is done on its device
               *, n_iters:int=10,         # mean-field iterations
               gauss_weight:float, gauss_sxy:float,  # kernel over place: weight; std, px
               bilateral_weight:float, bilateral_sxy:float, bilateral_srgb:float, # place and colour: stds, px and levels
               compiled:bool|None=None,   # compiled loops or torch operations; None: loops on a CPU, torch on a GPU
               n_threads:int=1,           # of the compiled loops; labels run side by side
-              )->np.ndarray|Tensor:      # float32 [c, H, W], sums to 1 over c; of the kind of `prob`
+              )->np.ndarray|Tensor:      # float32, sums to 1 over c; of the shape and kind of `prob`
     "Mean field of the fully connected CRF with Potts labels (Kraehenbuehl and Koltun, 2011)."
     p, kernels = _prepare(image, prob, n_iters, gauss_weight, gauss_sxy, bilateral_weight, bilateral_sxy,
                           bilateral_srgb, compiled, n_threads)
@@ -148,7 +148,7 @@ def dense_crf(image:np.ndarray|Tensor,   # uint8 [H, W, 3]
     return q.numpy() if isinstance(prob, np.ndarray) else q
 
 # %% ../nbs/22_crf.ipynb #binary_crf
-def binary_crf(image:np.ndarray|Tensor,  # uint8 [H, W, 3]; for torch operations also several, [b, H, W, 3]
+def binary_crf(image:np.ndarray|Tensor,  # as in `dense_crf`
                prob:np.ndarray|Tensor,   # [m, H, W] or [m, b, H, W], foreground probabilities of m masks, each a CRF
                *, n_iters:int=10, gauss_weight:float, gauss_sxy:float,
                bilateral_weight:float, bilateral_sxy:float, bilateral_srgb:float,
