@@ -12,10 +12,12 @@ from PIL import Image
 
 from u2seg.baselines import ImagePrediction
 from u2seg import evaluate, scenes
-from u2seg.truth import read_truth, truth_map
+from u2seg.truth import read_truth, read_truths, truth_map
 from u2seg.images import read_json, write_json, write_png
 from u2seg.masks import encode_rle, ids_to_rgb
 from u2seg.recipes import overlay
+from u2seg.report import report
+from u2seg.results import nest
 from u2seg.stage import declared, load_params, run_check, stage_notebook, stage_values, stages
 
 root = Path(__file__).parents[1]
@@ -31,6 +33,7 @@ quicker = dict(
 formats = ['.jpg', '.png', '.BMP', '.webp', '.tif', '.gif']
 
 
+THRESHOLDS = dict(match_score=0.4, match_iou=0.6, match_stuff_iou=0.15)
 N = 9  # STEGO draws from 7 neighbours
 
 
@@ -195,6 +198,37 @@ def test_instance_files_are_read_as_they_are(tmp_path):
     assert [a['area'] for a in truth.instances['annotations']] == [96, 96] and (
         truth_map(truth, 5) == np.where(mask, 2, 0)
     ).all()
+
+
+def one_box(folder):
+    "A folder with one image, and its instance file where it is looked for."
+    write_png(folder / 'x.png', np.zeros((20, 30, 3), np.uint8))
+    coco = dict(
+        images=[dict(id=5, file_name='x.png', width=30, height=20)],
+        categories=[dict(id=2, name='box')],
+        annotations=[dict(id=9, image_id=5, category_id=2, segmentation=[[4, 3, 20, 3, 20, 9, 4, 9]])],
+    )
+    write_json(folder.parent / 'annotations' / f'instances_{folder.name}.json', coco)
+
+
+def test_results_of_the_whole_root_are_headed_by_its_name(tmp_path, monkeypatch):
+    one_box(tmp_path / 'my photos')
+    monkeypatch.chdir(tmp_path / 'my photos')
+    for data in (tmp_path / 'my photos', '../my photos/'):
+        truths = read_truths(data, ['.'])
+        assert [*truths] == ['my photos'] == [t.split for t in truths.values()]
+    nothing = {'my photos': dict(U2Seg={5: ImagePrediction(instances=[])})}
+    rows, _ = evaluate.evaluate(nothing, truths, {}, {}, n_clusters=1, n_stuff=0, **THRESHOLDS)
+    text = report(dict(splits=nest(rows), n_fit_images=0, classes='given'))
+    assert '\n## my photos\n' in text and '\n### my photos\n' in text and '## .' not in text
+
+
+@pytest.mark.parametrize('name', ['train', 'twice'])
+def test_a_name_that_means_something_else_already_is_not_taken(tmp_path, name):
+    one_box(tmp_path / name)
+    if name == 'twice':
+        one_box(tmp_path / name / name)
+    assert [*read_truths(tmp_path / name, ['.'])] == ['.']
 
 
 @pytest.mark.parametrize(

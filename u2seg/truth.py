@@ -150,6 +150,11 @@ def _some(panoptic, path, split, n_images, seed):
     return panoptic.but(images=images, annotations=annotations, categories=categories)
 
 # %% ../nbs/72_truth.ipynb #read_truth
+def _called(root, split): # '.' after its folder, where nothing else is called so
+    name = Path(os.path.abspath(root)).name
+    clear = Path(split) == Path('.') and name not in ('', 'train') and not Path(root, name).exists()
+    return name if clear else split
+
 def read_truth(root:str|Path, # the folder that splits are relative to
                split:str,     # such as 'scenes/val'
                *, n_images:int|None=None, # so many images; None: all
@@ -166,7 +171,7 @@ def read_truth(root:str|Path, # the folder that splits are relative to
         if classes == 'supercategories': panoptic = panoptic.but(**supercategories(panoptic))
         beside = path.with_name(path.name.replace('panoptic_', 'instances_', 1))
         source = beside if beside.exists() else None
-    return GroundTruth(split, _some(panoptic, path, split, n_images, seed), maps, source)
+    return GroundTruth(_called(root, split), _some(panoptic, path, split, n_images, seed), maps, source)
 
 # %% ../nbs/72_truth.ipynb #truth_map
 def truth_map(truth:GroundTruth, image_id:int)->np.ndarray: # int32 [H, W], 0 = void
@@ -207,4 +212,5 @@ def read_truths(root:str|Path, splits:list[str],
     "The sound ground truth of those splits that have one."
     splits = [s for s in splits if annotation_file(root, s).exists()]
     each = None if n_images is None else max(n_images // max(len(splits), 1), 1)
-    return {s: sound(read_truth(root, s, n_images=each, seed=seed, classes=classes), root) for s in splits}
+    truths = [sound(read_truth(root, s, n_images=each, seed=seed, classes=classes), root) for s in splits]
+    return {t.split: t for t in truths}
