@@ -21,6 +21,7 @@ from u2seg.model import build_model
 from u2seg.folder import find_images, predict_folder
 from u2seg.names import by_name, Names, write_names
 from u2seg.predict import Prediction, U2Seg, as_image, free_memory, run_network
+from u2seg.recipes import for_images
 
 TINY = dict(PREDICTS, n_stuff=2)
 
@@ -228,6 +229,20 @@ def test_find_images(tmp_path):
     assert files == [str(tmp_path / n) for n in ('sub/a.png', 'sub/b.png', 'a.bmp', 'a.png')]
     with pytest.raises(ValueError, match='no such image'):
         find_images(tmp_path / '*.tif')
+
+
+def test_photographs_in_formats_that_are_not_read_are_counted(tmp_path):
+    for name in ('a.HEIC', 'deep/b.heic', 'c.cr2', 'notes.txt'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    said = f'^{tmp_path}: photographs in formats that are not read are left out .1 .cr2, 2 .heic.; save them as JPEG$'
+    with pytest.warns(UserWarning, match=said), pytest.raises(ValueError, match='holds no image'):
+        find_images(tmp_path)
+    write_png(tmp_path / 'd.png', picture())
+    with pytest.warns(UserWarning, match=said):
+        assert find_images(tmp_path) == [str(tmp_path / 'd.png')]
+    with pytest.warns(UserWarning, match=said):
+        for_images(tmp_path)
 
 
 def test_links_and_long_names(weights, tmp_path):

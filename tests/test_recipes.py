@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from u2seg import recipes as R
+from u2seg.cli import main
 from u2seg.model import check_config
 
 root = Path(__file__).parents[1]
@@ -261,6 +262,12 @@ def test_a_folder_of_photographs_gives_the_recipe_its_size(repo, tmp_path):
         with pytest.raises(ValueError, match=message):
             R.use(name, repo, images=tmp_path / folder)
     assert (repo / 'params.yaml').read_text() == before
+
+
+def test_a_folder_without_a_recipe_is_not_passed_over(repo, capsys, monkeypatch):
+    monkeypatch.chdir(repo)
+    assert main(['use', '--images', 'photos']) == 1
+    assert 'goes with a recipe: u2seg use photos --images FOLDER' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('name', ['segmented/overlay', 'annotations/panoptic_test'])

@@ -43,6 +43,7 @@ def dvc():
 def use(recipe:str|None=None, images:str|None=None):
     "Write a recipe of configs/ as params.yaml, complete and commented; without a name, list the recipes."
     from u2seg import recipes
+    if recipe is None and images: raise ValueError('--images goes with a recipe: u2seg use photos --images FOLDER')
     if recipe is None: print(recipes.listing()); return
     recipes.use(recipe, images=images)
     if images is not None: print(recipes.for_images(images)[1].replace('# ', ''))

@@ -20,8 +20,9 @@ from .images import list_images, read_image, read_json, write_json, write_png
 from .masks import instances_json, write_ids
 from .names import as_yaml
 from .predict import _check_batch_size, U2Seg
-from .result_folder import (
-    alone, claim, common_folder, known_items, not_images, nothing_left, record_file, result_folder)
+from u2seg.result_folder import (
+    alone, claim, common_folder, known_items, not_images, nothing_left, record_file, result_folder,
+    warn_of_formats)
 from .shards import _load_ahead, _worker
 
 # %% ../nbs/63_folder.ipynb #find_images
@@ -50,6 +51,7 @@ def _files(x)->list[str]: # of one file, folder or pattern
     return files
 
 def _files_of_others(folder): # without results and ground truth
+    warn_of_formats(folder)
     names = [im['file_name'] for im in list_images(folder, ['.'])]
     left_out = not_images(folder, names)
     return [str(folder/n) for n in names if left_out.isdisjoint(Path(n).parents)]

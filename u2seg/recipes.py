@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 
 from .images import list_images, write_atomic
-from .result_folder import not_images
+from .result_folder import not_images, warn_of_formats
 from .stage import load_params, read_yaml
 from .truth import annotation_file
 
@@ -62,6 +62,7 @@ def _check_alone(root, folders):
 def for_images(folder:str|Path)->tuple[dict, str]: # values of parameters, nested; lines that say so
     "What the recipe `photos` takes from a folder; `ValueError` if it holds no image, or what is none."
     folder = Path(folder).expanduser()
+    if folder.is_dir(): warn_of_formats(folder)
     _check_alone(folder, ['.'])
     n = len(list_images(folder, ['.']))
     k = max(2, min(round(2*math.sqrt(n)), n//6))
