@@ -494,28 +494,28 @@ def whole():
     from u2seg.maskcut import label_images
 
     files = photos()
-    items = [dict(id=i + 1, file_name=files[i % len(files)].name) for i in range(S['n'] * (1 if S['tiny'] else 8))]
+    items = [dict(id=i + 1, file_name=files[i % len(files)].name) for i in range(S['n'] * (1 if S['tiny'] else 32))]
     options = dict(size=S['px'], feature='keys', tau=0.15, n_masks=3, crf=True, min_agreement=0.0, desc='')
     threads = torch.get_num_threads()
-    def rate(net, batch_size):
+    def rate(net, batch_size, n=len(items)):
         with tempfile.TemporaryDirectory() as folder:
             run = functools.partial(label_images, features=net, root=files[0].parent, folder=folder, **options)
             run(items[:1])  # loops compile
-            torch.cuda.reset_peak_memory_stats() if torch.cuda.is_available() else None
             start = time.perf_counter()
-            coco, _ = run(items, batch_size=batch_size)
-            return len(items) / (time.perf_counter() - start), len(coco['annotations']) / len(items)
+            coco, _ = run(items[:n], batch_size=batch_size)
+            return n / (time.perf_counter() - start), len(coco['annotations']) / n
 
     net = random_vit(torch.bfloat16).to(device())
-    for batch_size in (16, 32, 64) if not S['tiny'] else (1, 2):
+    sizes = (1, 2) if S['tiny'] else (16, 64)
+    for batch_size in sizes:
         yield f'bfloat16, {batch_size} at a time, images/s', rate(net, batch_size)[0]
         if torch.cuda.is_available():
             yield '... peak GiB', torch.cuda.max_memory_allocated() / 2**30
     torch.set_num_threads(min(threads, 4))
-    yield f'... {torch.get_num_threads()} threads, images/s', rate(net, batch_size)[0]
+    yield f'bfloat16, {sizes[0]} at a time, {torch.get_num_threads()} threads, images/s', rate(net, sizes[0])[0]
     torch.set_num_threads(threads)
-    fast, masks = rate(random_vit().to(device()), batch_size)
-    yield f'float32, {batch_size} at a time, images/s', fast
+    fast, masks = rate(random_vit().to(device()), sizes[0], n=max(len(items) // 4, 1))
+    yield f'float32, {sizes[0]} at a time, images/s', fast
     yield '... masks an image', masks
 
 

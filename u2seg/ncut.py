@@ -95,7 +95,8 @@ def lanczos(g:Graph,
             )->Iterator:    # after step k: basis [b, k, n], alpha and beta (lists of k tensors [b])
     "Lanczos with full re-orthogonalisation, all images in step."
     b, m, n = deflate.shape
-    rng = torch.Generator().manual_seed(1)
+    rng = torch.Generator(start.device).manual_seed(1)
+    anew = lambda: torch.randn(n, generator=rng, device=start.device)
     max_steps = min(max_steps, n - m)
     q = start.new_empty(b, m + max_steps, n)
     q[:, :m] = deflate
@@ -109,9 +110,9 @@ def lanczos(g:Graph,
         beta.append(v.norm(dim=-1))
         yield q[:, m:k + 1], alpha, beta
         stuck = beta[-1] < 2e-6
-        if stuck.any():
+        if v.is_cuda or stuck.any():                         # a GPU would wait for the answer
             beta[-1] = beta[-1].masked_fill(stuck, 0.)
-            v = torch.where(stuck[:, None], torch.randn(n, generator=rng).to(v), v)
+            v = torch.where(stuck[:, None], anew(), v)
 
 # %% ../nbs/20_ncut.ipynb #tridiagonal
 def _tridiagonal(alpha, beta):
