@@ -1,6 +1,6 @@
 """Stages under bad parameters, and sharded work under kills, broken shards and several processes."""
 
-import json, os, random, signal, subprocess, sys, time
+import json, os, random, re, signal, subprocess, sys, time
 from pathlib import Path
 
 import nbformat
@@ -404,6 +404,24 @@ def test_broken_params_file(repo, text, message):
     (root / 'params.yaml').write_text(text)
     with pytest.raises(ValueError, match=message):
         S.check_stages(root)
+
+
+@pytest.mark.parametrize('name', [b'caf\xe9.jpg', b'ao\xfbt/1.jpg'])
+def test_a_name_that_is_not_utf_8_is_told_before_any_work(repo, name):
+    root = repo()
+    path = root / 'mine' / os.fsdecode(name)
+    path.parent.mkdir(parents=True)
+    path.touch()
+    (root / 'mine' / 'naïve 写真.jpg').touch()
+    text = (root / 'params.yaml').read_text().split('data:')[0]
+    (root / 'params.yaml').write_text(f"{text}data: {dict(root='mine', train=['.'], val=[])}\n")
+    told = f'mine holds {name.split(b"/")[0]!r}, a name that is not UTF-8; rename it'
+    with pytest.raises(ValueError, match=re.escape(told)):
+        P.check_data(root)
+    path.rename(root / 'mine' / '1.jpg')
+    if path.parent.name != 'mine':
+        path.parent.rmdir()
+    P.check_data(root)
 
 
 def test_a_folder_of_data_that_is_missing_is_named(repo):

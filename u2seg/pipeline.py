@@ -30,14 +30,17 @@ def read_header(nb, stage:str)->dict[str, str]: # name of a row -> its text
 
 # %% ../nbs/87_pipeline.ipynb #check_data
 def check_data(root:str|Path='.'):
-    "`ValueError` names the first folder of the section `data` that is missing, or a dangling link below its root."
+    "`ValueError` names a folder of `data` that is missing, or below its root a dangling link or a name not in UTF-8."
     data = load_params(root)['data']
     for name in [*data['train'], *data['val']]:
         folder = Path(root, data['root'], name)
         if folder.is_dir(): continue
         raise ValueError(f'params.yaml: data names {folder}, which is no folder; '
                          '`dvc pull data.dvc` fetches the embedded data')
-    for here, _, names in os.walk(Path(root, data['root'])):
+    for here, folders, names in os.walk(Path(root, data['root'])):
+        for name in [*folders, *names]:
+            if name.isascii() or not re.search('[\ud800-\udfff]', name): continue
+            raise ValueError(f'params.yaml: {here} holds {os.fsencode(name)!r}, a name that is not UTF-8; rename it')
         for path in (os.path.join(here, n) for n in names):
             if not os.path.islink(path) or os.path.exists(path): continue
             raise ValueError(f'params.yaml: data.root holds the link {path} to {os.readlink(path)}, '
