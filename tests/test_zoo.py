@@ -470,6 +470,17 @@ def test_options_are_checked_before_anything_is_fetched_or_read(server, tmp_path
     assert message in err and err.count('\n') == 1 and server.asked == []
 
 
+@pytest.mark.parametrize('out', ['shut', 'shut/deep/er'])
+@pytest.mark.parametrize('verb', ['predict photo.png --weights', 'maskcut photo.png --backbone', 'convert'])
+def test_a_folder_that_cannot_be_written_to_is_told_before_weights_are_fetched(server, monkeypatch, capsys, verb, out):
+    photo(Path('photo.png'))
+    Path('shut').mkdir()
+    own = os.access
+    monkeypatch.setattr(os, 'access', lambda p, mode: str(p) != 'shut' and own(p, mode))  # root may write anywhere
+    assert main([*verb.split(), 'cutler', '--out', out]) == 1
+    assert capsys.readouterr().err == 'u2seg: shut: no permission to write results there\n' and server.asked == []
+
+
 def test_without_a_network_maskcut_names_a_file_that_will_do(tmp_path):
     photo(tmp_path / 'photo.png')
     env = os.environ | dict(HF_HUB_OFFLINE='1', HF_HOME=str(tmp_path / 'hub'), PYTHONPATH=str(root))

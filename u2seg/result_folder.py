@@ -103,9 +103,10 @@ def warn_of_formats(folder:str|Path):
 
 # %% ../nbs/62_result_folder.ipynb #result_folder
 def result_folder(out:str|Path)->Path: # which may not be there yet
-    "The folder; `ValueError` if it is a file, or lies below one."
+    "The folder; `ValueError` if it is a file, or lies below one, or nothing can be written there."
     there = next(p for p in (Path(out), *Path(out).parents) if p.exists())
     if not there.is_dir(): raise ValueError(f'{there}: is a file, where the folder of the results is to be')
+    if not os.access(there, os.W_OK): raise ValueError(f'{there}: no permission to write results there')
     return Path(out)
 
 # %% ../nbs/62_result_folder.ipynb #nothing_left
