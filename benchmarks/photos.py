@@ -192,7 +192,12 @@ def walk(root, photos):
 
 def report(rows, photos):
     "Markdown: the images, what was reduced, and each command."
-    sizes = [Image.open(photos / im['file_name']).size for im in list_images(photos, ['.'])]
+    sizes = []
+    for im in list_images(photos, ['.']):
+        try:
+            sizes.append(Image.open(photos / im['file_name']).size)
+        except OSError:  # which the stages have left out
+            continue
     large = [w * h / 1e6 for w, h in sizes if w * h > 1e7]
     about = f'{len(sizes)} images of {min(map(max, sizes))} to {max(map(max, sizes))} px, the long side. '
     about += f'With more than 10 megapixels: {len(large)}, together {sum(large):.0f}.'

@@ -47,6 +47,13 @@ def test_costs_grow_with_the_images():
     assert lines[1] == '| report | 6 / 6 / 5 | 1.00 / 1.00 / 1.00 | -0.01 |  |'  # nothing grows
 
 
+def test_the_report_counts_the_photographs_that_can_be_read(tmp_path):
+    Image.new('RGB', (40, 30)).save(tmp_path / 'a.jpg')
+    (tmp_path / 'empty.jpg').touch()
+    row = dict(words=['use', 'photos', tmp_path], said='', wall=1, cpu=1, gb=1)
+    assert '\n1 images of 40 to 40 px' in photos.report([row], tmp_path)
+
+
 def test_drawn_photographs_have_their_ground_truth(tmp_path):
     photos.draw(tmp_path / 'photos', 6)
     truth = read_truth(tmp_path / 'photos', '.')
