@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -243,6 +244,9 @@ def test_photographs_in_formats_that_are_not_read_are_counted(tmp_path):
         assert find_images(tmp_path) == [str(tmp_path / 'd.png')]
     with pytest.warns(UserWarning, match=said):
         for_images(tmp_path)
+    for named, count in (('a.HEIC', '1 .heic'), ('**/*.heic', '1 .heic'), ('c*', '1 .cr2')):
+        with pytest.warns(UserWarning, match=f'{re.escape(named)}: photographs in formats .* are left out .{count}.'):
+            find_images(tmp_path / named)
 
 
 def test_links_and_long_names(weights, tmp_path):

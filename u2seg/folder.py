@@ -48,6 +48,7 @@ def _files(x)->list[str]: # of one file, folder or pattern
     elif path.is_file() or path.is_symlink(): files = [str(x)]     # a link to nothing is reported as such later
     else: files = sorted(f for f in glob.glob(str(x), recursive=True) if Path(f).is_file())
     if not files: raise ValueError(f'''{x or "''"}: no such image or folder''')
+    warn_of_formats(x, files)
     return files
 
 def _files_of_others(folder): # without results and ground truth

@@ -82,7 +82,7 @@ def label_verbs(verb): # `verb(function)` adds a verb and gives its parser
     v.add_argument('--sizes', type=int, nargs='+', default=[], help='numbers of images to try as well, for the curve')
     v.add_argument('--n-iters', type=int, help='iterations (default: from the number of images)')
     v.add_argument('--lr', type=float, help='learning rate (default: from the batch and the network)')
-    v.add_argument('--droploss', type=float, default=0., help='labels leave objects out, then such as .01: a region '
-                   'whose box overlaps no label by more than this IoU costs nothing (default: 0, off)')
+    v.add_argument('--droploss', type=float, default=0., help='for labels that leave objects out: a region whose box '
+                   'overlaps no label by more than this IoU, such as .01, costs nothing (default: 0, off)')
     v.add_argument('--seed', type=int, default=0, help='of the random numbers (default: 0)')
     v.add_argument('--device', help='cpu, cuda, ... (default: a GPU if there is one)')

@@ -94,12 +94,14 @@ def not_images(root:Path, names:list[str] # files, relative to it
 # %% ../nbs/62_result_folder.ipynb #warn_of_formats
 _FORMATS = {f'.{s}' for s in 'heic heif hif avif jxl dng cr2 cr3 nef arw orf rw2 raf'.split()} - SUFFIXES
 
-def warn_of_formats(folder:str|Path):
+def warn_of_formats(where:str|Path, # a folder, or what named the files
+                    files:list|None=None): # None: all below the folder
     "Warn of photographs in formats that are not read."
-    left_out = Counter(p.suffix.lower() for p in _files_below(Path(folder)) if p.suffix.lower() in _FORMATS)
+    files = _files_below(Path(where)) if files is None else map(Path, files)
+    left_out = Counter(p.suffix.lower() for p in files if p.suffix.lower() in _FORMATS)
     if not left_out: return
     counts = ', '.join(f'{n} {suffix}' for suffix, n in sorted(left_out.items()))
-    warnings.warn(f'{folder}: photographs in formats that are not read are left out ({counts}); save them as JPEG')
+    warnings.warn(f'{where}: photographs in formats that are not read are left out ({counts}); save them as JPEG')
 
 # %% ../nbs/62_result_folder.ipynb #result_folder
 def result_folder(out:str|Path)->Path: # which may not be there yet
