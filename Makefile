@@ -5,7 +5,7 @@
 # make nightly 100,000 fuzzed files instead of 4,000; where detectron2 is installed, 20 images at full size through both engines;
 #              the recipe coco rehearsed on drawn images: benchmarks/results/recipe.md; the road of own photographs, from
 #              `u2seg use photos` to a fine-tuned model: benchmarks/results/photos.md; and every stage stopped at random
-#              moments through `dvc repro`: benchmarks/results/stops.md
+#              moments, through `dvc repro` and on two hosts: benchmarks/results/stops.md, hosts.md
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -29,7 +29,8 @@ nightly: $(VENV)/installed
 	OMP_NUM_THREADS=1 U2SEG_THREADS=1 U2SEG_FUZZ=100000 U2SEG_SLOW=1 python -m pytest -q --instafail -n 2 --timeout 0 tests/test_fuzz.py tests/test_detectron2_parity.py
 	python benchmarks/recipe.py coco
 	python benchmarks/photos.py --work $$(mktemp -d)/work
-	python benchmarks/stops.py --hosts --out benchmarks/results/stops.md
+	python benchmarks/stops.py --out benchmarks/results/stops.md
+	python benchmarks/stops.py --hosts --out benchmarks/results/hosts.md
 
 lab: $(VENV)/installed
 	jupyter lab --notebook-dir=nbs

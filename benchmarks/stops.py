@@ -1,6 +1,7 @@
 """Every stage stopped at random moments through `dvc repro`: what goes on from there ends in the same bytes.
 
-    python benchmarks/stops.py [--seed 0] [--stages train ...] [--hosts] [--out benchmarks/results/stops.md]
+    python benchmarks/stops.py [--seed 0] [--stages train ...] [--out benchmarks/results/stops.md]
+    python benchmarks/stops.py --hosts [--stages train ...] [--out benchmarks/results/hosts.md]
 
 The pipeline in small (tests/small.yaml) runs once from beginning to end, and once so that each stage is hit by each of
 `BLOWS`, at a moment that is drawn, and started again by `dvc repro`. Moments are drawn from the CPU time that is left
@@ -8,7 +9,7 @@ to the stage: what it took in the first run, less what it had done before earlie
 the imports. A stage that finishes before is made anew and hit earlier. After a blow nothing of it may be left running.
 At the end all files under out/ are compared, but for the executed notebooks, which hold times.
 
-With `--hosts`, each stage that shares its work also runs on two simulated hosts: two torchrun agents that meet over
+With `--hosts`, each stage that shares its work runs on two simulated hosts instead: two torchrun agents that meet over
 loopback and have a folder in common, undisturbed, and with a worker killed at a random moment, which torchrun restarts.
 Both must end in the same bytes. Those of one process are the same, except after training, whose sums are others.
 """
@@ -132,7 +133,7 @@ def follow(dvc, names, until=None):
             used[stage] = max(used[stage], seconds)
             if own and until and until(stage, seconds):
                 return used, tree
-        time.sleep(0.05)
+        time.sleep(0.1)
     return used, []
 
 
@@ -200,7 +201,7 @@ def run(whole, names, chosen, seed):
     "Rows of the table, CPU seconds of each stage undisturbed, files that differ, their number."
     stopped = whole.with_name('stopped')
     shutil.copytree(whole, stopped)
-    dvc = start(whole)
+    dvc = start(whole, *chosen)
     used, _ = follow(dvc, names)
     if dvc.returncode:
         raise SystemExit((whole / 'log').read_text()[-3000:])
@@ -211,7 +212,7 @@ def run(whole, names, chosen, seed):
         for row in strikes(stopped, stage, names, rng, used[stage], imports):
             rows.append(row)
             print(*table([row], used)[2:], flush=True)
-    if start(stopped).wait():
+    if start(stopped, *chosen).wait():
         raise SystemExit((stopped / 'log').read_text()[-3000:])
     want, got = digests(whole), digests(stopped)
     return rows, used, sorted(n for n in want.keys() | got.keys() if want.get(n) != got.get(n)), len(want)
@@ -248,7 +249,7 @@ def on_hosts(folder, stage, moment=math.inf):
             killed = True
             for process in own:
                 send(process, signal.SIGKILL)
-        time.sleep(0.05)
+        time.sleep(0.1)
     if any(h.returncode for h in hosts):
         raise SystemExit((folder / 'log').read_text()[-3000:])
     return used, killed, of_stage(folder, stage)
@@ -259,48 +260,75 @@ def of_stage(folder, stage):
 
 
 def run_hosts(whole, chosen, seed):
-    "Lines of a table, and whether all bytes are the same."
-    folder, rng, good = whole.with_name('hosts'), random.Random(seed), True
+    "Rows of the table of two hosts."
+    if start(whole, *chosen).wait():
+        raise SystemExit((whole / 'log').read_text()[-3000:])
+    folder, rng = whole.with_name('hosts'), random.Random(seed)
+    shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(whole, folder)
-    lines = ['| stage | as one process | a worker killed at CPU s | as two hosts undisturbed |', '|:--|:--|--:|:--|']
     for stage in chosen:
-        used, _, want = on_hosts(folder, stage)
-        moment = used * rng.uniform(0.3, 0.9)
-        for _ in range(3):  # who is second among the hosts, and has more to do, may change
+        seconds, _, want = on_hosts(folder, stage)
+        moment = seconds * rng.uniform(0.3, 0.9)
+        for _ in range(3):  # the host that is second, and has more to do, may change
             used, killed, got = on_hosts(folder, stage, moment)
             if killed or got != want:
                 break
             moment = 0.9 * min(moment, used)
-        same = ['same bytes' if a == b else 'others' for a, b in ((of_stage(whole, stage), want), (want, got))]
-        when = f'{moment:.1f}' if killed else 'finished before'
-        lines.append(f'| {stage} | {same[0]} | {when} | {same[1]} |')
-        print(lines[-1], flush=True)
-        good &= want == got
+        alone = of_stage(whole, stage)
+        yield dict(stage=stage, seconds=seconds, at=moment if killed else None, same=got == want, as_one=want == alone)
+
+
+def table_of_hosts(rows):
+    lines = ['| stage | CPU s | two hosts, as one process | a worker killed at CPU s | then |', '|:--|--:|:--|--:|:--|']
+    for r in rows:
+        at = 'finished before' if r['at'] is None else f'{r["at"]:.1f}'
+        words = ['other bytes', 'the same bytes']
+        one, two = words[r['as_one']], words[r['same']]
+        lines.append(f'| {r["stage"]} | {r["seconds"]:.0f} | {one} | {at} | {two} |')
+    return lines
+
+
+def page(whole, names, chosen, seed):
+    "Lines of the page of stopped stages, and whether all is well."
+    rows, used, differ, n_files = run(whole, names, chosen, seed)
+    hit = [r for r in rows if r['at'] is not None]
+    lines = heading('Stages that are stopped', 1, ('torch', 'dvc'), 'Each stage of the pipeline in small.')
+    same = f'**DIFFER: {", ".join(differ)}**' if differ else '**byte-identical**'
+    lines += [f'{len(hit)} blows in {len({r["stage"] for r in hit})} stages; {n_files} files under out/: {same}.', '']
+    return lines + table(rows, used), not (differ or any(r['left'] for r in rows))
+
+
+def page_of_hosts(whole, chosen, seed):
+    "Lines of the page of two hosts, and whether all is well."
+    rows = []
+    for row in run_hosts(whole, [stage for stage in chosen if stage not in ALONE], seed):
+        rows.append(row)
+        print(*table_of_hosts([row])[2:], flush=True)
+    how = 'Each stage of the pipeline in small; CPU seconds of the second host.'
+    lines = heading('Stages on two hosts', 1, ('torch', 'dvc'), how)
+    n, good = sum(r['at'] is not None for r in rows), all(r['same'] for r in rows)
+    lines += [f'A worker killed in {n} of {len(rows)} stages; torchrun restarts it, and all files under out/ are '
+              f'{"**byte-identical**" if good else "**NOT** the same"} to those of two hosts undisturbed.', '']
     note = 'Two processes add in another order than one: cutler and train end in others, and so does what reads theirs.'
-    return lines + ['', note], good
+    return lines + table_of_hosts(rows) + ['', note], good
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--stages', nargs='+', help='those that are hit; by default all')
-    parser.add_argument('--hosts', action='store_true', help='also on two simulated hosts')
-    parser.add_argument('--folder', type=Path, help='a new one to work in; by default one that is deleted afterwards')
+    parser.add_argument('--hosts', action='store_true', help='on two simulated hosts, instead of through dvc repro')
+    parser.add_argument('--folder', type=Path, help='to work in and to keep; --hosts uses the pipeline that is there')
     parser.add_argument('--out')
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         whole, names = Path(args.folder or temporary, 'whole'), stages(ROOT)
-        prepare(whole)
+        if not (args.hosts and whole.exists()):
+            prepare(whole)
         chosen = args.stages or names
-        rows, used, differ, n_files = run(whole, names, chosen, args.seed)
-        shared = [stage for stage in chosen if stage not in ALONE] if args.hosts else []
-        more, good = run_hosts(whole, shared, args.seed) if shared else ([], True)
-    hit = [r for r in rows if r['at'] is not None]
-    lines = heading('Stages that are stopped', 1, ('torch', 'dvc'), 'Each stage of the pipeline in small.')
-    same = f'**DIFFER: {", ".join(differ)}**' if differ else '**byte-identical**'
-    lines += [f'{len(hit)} blows in {len({r["stage"] for r in hit})} stages; {n_files} files under out/: {same}.', '']
-    publish(lines + table(rows, used) + [''] * bool(more) + more, args.out)
-    return bool(differ or any(r['left'] for r in rows) or not good)
+        lines, good = page_of_hosts(whole, chosen, args.seed) if args.hosts else page(whole, names, chosen, args.seed)
+    publish(lines, args.out)
+    return not good
 
 
 if __name__ == '__main__':
