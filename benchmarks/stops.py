@@ -7,7 +7,8 @@ The pipeline in small (tests/small.yaml) runs once from beginning to end, and on
 `BLOWS`, at a moment that is drawn, and started again by `dvc repro`. Moments are drawn from the CPU time that is left
 to the stage: what it took in the first run, less what it had done before earlier blows. All but the first lie after
 the imports. A stage that finishes before is made anew and hit earlier. After a blow nothing of it may be left running.
-At the end all files under out/ are compared, but for the executed notebooks, which hold times.
+At the end all files under out/ are compared, but for the executed notebooks, which hold times, and hidden files: a
+process that is killed while it writes a file leaves what it has written under a hidden name.
 
 With `--hosts`, each stage that shares its work runs on two simulated hosts instead: two torchrun agents that meet over
 loopback and have a folder in common, undisturbed, and with a worker killed at a random moment, which torchrun restarts.
@@ -146,7 +147,7 @@ def gone(tree, seconds=120):
 
 def digests(folder):
     files = [p for p in sorted((folder / 'out').rglob('*')) if p.is_file() and p.name != 'run.ipynb']
-    kept = [p for p in files if p.relative_to(folder).parts[1] not in ('.work', '.times')]
+    kept = [p for p in files if not any(part.startswith('.') for part in p.relative_to(folder).parts)]
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in kept}
 
 
