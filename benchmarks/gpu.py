@@ -218,7 +218,7 @@ def crf_reference():
 @part(60, crf_reference)
 def crf(want):
     "The dense CRF of MaskCut by torch operations, beside the compiled loops of the CPU, an image a thread."
-    from u2seg import lattice as L
+    from u2seg import gpu_lattice as L
     from u2seg.crf import refine_masks
 
     images, masks = crf_input()
@@ -227,19 +227,19 @@ def crf(want):
     found = [refine(x) for x in images]
     yield 'IoU with the CPU, least', min(iou(a, b) for f, w in zip(found, want) for a, b in zip(f, w)), '>', 0.98
     yield 'equal when repeated', all(torch.equal(f, refine(x)) for x, f in zip(images, found)), '>', 1
-    lat = L.lattice(images[0], sxy=50.0, srgb=5.0, compiled=False)
+    lat = L.torch_lattice(images[0], sxy=50.0, srgb=5.0)
     x, splat, add = torch.rand(3, len(lat.index), device=device()), L._torch_splat(lat), L._torch_filter(lat)
     entries = torch.bincount(lat.index.flatten().long())
     yield 'points of the lattice', len(entries)
     yield 'entries of the fullest', int(entries.max())
     yield 'whole, ms an image', statistics.mean(ms(lambda: refine(x), 3) for x in images)
-    yield 'lattice', ms(lambda: L.lattice(images[0], sxy=50.0, srgb=5.0, compiled=False), 3)
+    yield 'lattice', ms(lambda: L.torch_lattice(images[0], sxy=50.0, srgb=5.0), 3)
     many = torch.stack(images * 4)
     together = functools.partial(refine_masks, many, torch.stack([masks] * len(many), 1), compiled=False)
     same = torch.stack(found * 4, 1) == together()
     yield f'{len(many)} images as one lattice: pixels as alone', float(same.float().mean()), '>', 0.9999
     yield '... whole, ms an image', ms(together, 3) / len(many)
-    yield '... lattice', ms(lambda: L.lattice(many, sxy=50.0, srgb=5.0, compiled=False), 3) / len(many)
+    yield '... lattice', ms(lambda: L.torch_lattice(many, sxy=50.0, srgb=5.0), 3) / len(many)
     yield '... peak GiB', peak(together)
     if torch.cuda.is_available():
         busy, top = kernels(together)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from u2seg import crf
-from u2seg.lattice import _PIECE, _SCALE, _compile, _compiled_filter, _neighbours, _number, _radix
-from u2seg.lattice import _torch_filter, _torch_splat
+from u2seg.gpu_lattice import _PIECE, _torch_filter, _torch_splat, torch_lattice
+from u2seg.lattice import _SCALE, _compile, _compiled_filter, _neighbours, _number, _radix
 from u2seg.crf import MASKCUT, STEGO, binary_crf, dense_crf, refine_mask, refine_masks
 from u2seg.lattice import lattice
 
@@ -184,9 +184,9 @@ def test_images_of_one_lattice_know_nothing_of_each_other():
         torch.testing.assert_close(together[:, i], alone, atol=1e-5, rtol=0)
         loops = refine_masks(images[i], masks[:, i].contiguous())
         assert (refined[:, i] == loops).float().mean() > 0.999
-    both, alone = (lattice(x, sxy=5.0, srgb=4.0, compiled=False) for x in (images[2:], images[2]))
+    both, alone = (torch_lattice(x, sxy=5.0, srgb=4.0) for x in (images[2:], images[2]))
     n, m = len(alone.index), alone.up.shape[1]
-    assert both.up.shape[1] == m + lattice(images[3], sxy=5.0, srgb=4.0, compiled=False).up.shape[1]
+    assert both.up.shape[1] == m + lattice(images[3], sxy=5.0, srgb=4.0).up.shape[1]
     assert torch.equal(both.index[:n], alone.index) and both.index[n:].min() == m
     with pytest.raises(ValueError, match='one image at a time'):
         binary_crf(images, prob, **MASKCUT)
@@ -198,7 +198,7 @@ def test_points_of_many_pixels_are_added_in_pieces():
     "A plain image: thousands of pixels a point. All of them count, once; so does one pixel alone."
     image = torch.full((90, 80, 3), 7, dtype=torch.uint8)
     image[44, 39] = 250
-    a, b = (lattice(image, sxy=60.0, srgb=5.0, compiled=c) for c in (True, False))
+    a, b = (f(image, sxy=60.0, srgb=5.0) for f in (lattice, torch_lattice))
     splat = _torch_splat(b)
     x = torch.rand(2, 90 * 80, generator=torch.Generator().manual_seed(0))
     want = torch.zeros(2, b.up.shape[1], dtype=torch.double)
@@ -215,7 +215,7 @@ def test_points_of_many_pixels_are_added_in_pieces():
 def test_table_growth():
     "More lattice points than the first hash table holds."
     image = np.random.default_rng(0).integers(0, 256, (120, 130, 3), dtype=np.uint8)
-    a, b = (lattice(torch.from_numpy(image), sxy=5.0, srgb=4.0, compiled=c) for c in (True, False))
+    a, b = (f(torch.from_numpy(image), sxy=5.0, srgb=4.0) for f in (lattice, torch_lattice))
     assert a.up.shape[1] == b.up.shape[1] > 1 << 15
     x = torch.rand(1, 120 * 130)
     torch.testing.assert_close(

@@ -405,6 +405,7 @@ MODULES = [m.name for m in pkgutil.iter_modules(u2seg.__path__) if m.name not in
 LEFT_OUT = {
     'checkpoints.rename_weights': 'names of the tensors of a file, which is read on the CPU',
     'convert.checkpoint_config': 'names and shapes of the tensors of a file, which is read on the CPU',
+    'lattice.lattice': 'compiled loops of a CPU; a GPU has gpu_lattice.torch_lattice',
     'labeller.PatchFeatures.features': 'images are read on the CPU, and moved then',
     'views.box': 'boxes are drawn on the CPU, with its random numbers, and moved then',
 }
@@ -433,7 +434,7 @@ def test_every_public_function_that_takes_tensors_is_run(ran):
 # ---------------------------------------------------------------- a forgotten device is seen
 
 FACTORIES = 'arange', 'zeros', 'ones', 'full', 'empty', 'rand', 'randperm', 'tensor'
-CARELESS = dict(ncut='ncut', lattice='crf', crf='crf', labeller='labeller', views='pretrain', boxes='training')
+CARELESS = dict(ncut='ncut', gpu_lattice='crf', crf='crf', labeller='labeller', views='pretrain', boxes='training')
 CARELESS |= dict(rpn='training', roialign='training', cascade='training', pixels='inference')
 
 

@@ -9,7 +9,7 @@ from scipy import ndimage
 from torch import nn
 
 from u2seg import maskcut as module
-from u2seg.images import write_png
+from u2seg.images import to_tensor, write_png
 from u2seg.features import weights_digest
 from u2seg.maskcut import cut_rounds, fill_holes, foreground, label_image, label_images, maskcut, maskcut_batch, refine
 from u2seg.masks import decode_rle

@@ -47,7 +47,7 @@ def differences(name:str, root:str|Path='.')->tuple[dict, list[str]]: # nested v
     return overlay(below, own), [name, *names]
 
 # %% ../nbs/97_recipes.ipynb #for_images
-_GPU, _CPU = (.093, .13), (8.4, 17.)     # seconds an image of training, and an image of the folder once
+_GPU, _CPU = (.0985, .085), (8.4, 17.)     # seconds an image of training, and an image of the folder once
 
 def _hours(n, n_iters, rates):
     "Hours for a folder of n images: cutler and train with batches of 8, and once each image."
@@ -71,7 +71,7 @@ def for_images(folder:str|Path)->tuple[dict, str]: # values of parameters, neste
     values = dict(data=dict(root=str(folder), train=['.'], val=[]), cluster=dict(k=k), cutler=solver, train=solver)
     gpu, cpu = (_hours(n, n_iters, rates) for rates in (_GPU, _CPU))
     note = f'# {n:,} images in {folder}: {k} clusters; {n_iters:,} iterations of cutler, as many of train.'
-    return values, f'{note}\n# About {gpu:.1f} hours on one GPU (H100), or {cpu:,.0f} core-hours on CPUs.'
+    return values, f'{note}\n# About {gpu:.1f} hours on one GPU (H200), or {cpu:,.0f} core-hours on CPUs.'
 
 # %% ../nbs/97_recipes.ipynb #compose
 def _lay(section, changes, params, at):

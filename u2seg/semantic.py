@@ -53,7 +53,7 @@ def pixel_probs(labeller:Labeller, code:Tensor, size:tuple[int, int], *, alpha:f
     "Cluster probabilities at image size."
     return labeller.log_prob(F.interpolate(code, size, mode='bilinear', align_corners=False), alpha).exp()
 
-# %% ../nbs/56_semantic.ipynb #segment
+# %% ../nbs/56_semantic.ipynb #parts
 TOGETHER = 4*PIXELS # of the maps that a GPU refines as one lattice; with 27 clusters 2 GB
 
 def _map_size(H, W): # of the map that is refined
@@ -76,6 +76,7 @@ def _parts(images, together): # numbers of images of one size, on a GPU as many 
     n = [max(TOGETHER//math.prod(_map_size(*images[g[0]].shape[:2])), 1) for g in groups]
     return [g[i:i + m] for g, m in zip(groups, n) for i in range(0, len(g), m)]
 
+# %% ../nbs/56_semantic.ipynb #segment
 def segment(labeller:Labeller, extract:Callable, images:list[np.ndarray], # uint8 [H, W, 3] of any sizes
             *, size:int, patch_size:int, alpha:float, flip:bool,
             crf:dict|None, # arguments of `dense_crf`, None for no CRF
