@@ -234,6 +234,15 @@ def test_the_head_of_coco_says_what_was_measured_on_a_gpu():
     assert 0.095 < step / 1000 / (8 * 0.328) < 0.105  # of the hours of 8 V100: a tenth
 
 
+def test_readme_says_what_was_measured_on_a_gpu():
+    text = ' '.join((root / 'README.md').read_text().split())
+    whole = measured('gpu', '## whole', 'bfloat16, 16 at a time, images/s')
+    step = measured('gpu', '## step', 'ours, float16: ms')
+    assert f'one H200 cuts {whole:.0f} photographs a second' in text
+    assert f'trains a step in {step / 1000:.2f} s'.replace(' 0.', ' .') in text
+    assert 'NVIDIA H200.' in (root / 'benchmarks' / 'results' / 'gpu.md').read_text()
+
+
 def test_the_head_of_the_recipe_for_photographs_says_these_hours():
     head = ' '.join(
         l.strip('# ') for l in (root / 'configs' / 'photos.yaml').read_text().split('base:')[0].splitlines()
