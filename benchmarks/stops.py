@@ -280,7 +280,8 @@ def run_hosts(whole, chosen, seed):
 
 
 def table_of_hosts(rows):
-    lines = ['| stage | CPU s | two hosts, as one process | a worker killed at CPU s | then |', '|:--|--:|:--|--:|:--|']
+    names = 'two hosts, against one process', 'a worker killed at CPU s', 'against two hosts undisturbed'
+    lines = [f'| stage | CPU s | {" | ".join(names)} |', '|:--|--:|:--|--:|:--|']
     for r in rows:
         at = 'finished before' if r['at'] is None else f'{r["at"]:.1f}'
         words = ['other bytes', 'the same bytes']
@@ -308,8 +309,9 @@ def page_of_hosts(whole, chosen, seed):
     how = 'Each stage of the pipeline in small; CPU seconds of the second host.'
     lines = heading('Stages on two hosts', 1, ('torch', 'dvc'), how)
     n, good = sum(r['at'] is not None for r in rows), all(r['same'] for r in rows)
-    lines += [f'A worker killed in {n} of {len(rows)} stages; torchrun restarts it, and all files under out/ are '
-              f'{"**byte-identical**" if good else "**NOT** the same"} to those of two hosts undisturbed.', '']
+    same = '**byte-identical**' if good else '**NOT the same**'
+    lines += [f'A worker killed in {n} of {len(rows)} stages; torchrun restarts it, and all files that these stages '
+              f'write are {same} to those of two hosts undisturbed.', '']
     note = 'Two processes add in another order than one: cutler and train end in others, and so does what reads theirs.'
     return lines + table_of_hosts(rows) + ['', note], good
 
