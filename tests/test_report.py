@@ -173,6 +173,17 @@ def test_readme_shows_three_lines_and_folds_the_tables():
         assert all(f'{cell} on {split}' in item for cell, split in zip(line[1:], claimed[0][1:]))
 
 
+def test_readme_says_of_few_labels_what_was_measured():
+    "The differences that DropLoss makes are those of the benchmark's table of mask AP."
+    text = (root / 'benchmarks' / 'results' / 'few_labels.md').read_text().split('| mask AP |')[1].split('\n\n')[0]
+    rows = [[c.strip() for c in l.strip('|').split('|')] for l in text.splitlines()]
+    found = {r[1]: r[4].split()[0] for r in rows if r[0] == 'u2seg'}
+    sentence = r"U2Seg's mask AP changes by (\S+) points with (\S+) of the labels and (\S+) with (\S+)"
+    for words in (R._FEW_PLUS, (root / 'README.md').read_text()):
+        said = re.search(sentence, words)
+        assert {said[2]: said[1], said[4]: said[3]} == found
+
+
 def test_folded_tables_are_tables_for_a_markdown_parser():
     "A table right below a line of HTML would be shown as its text."
     html = markdown2html(readme_text())
