@@ -497,6 +497,7 @@ def whole():
     items = [dict(id=i + 1, file_name=files[i % len(files)].name) for i in range(S['n'] * (1 if S['tiny'] else 32))]
     options = dict(size=S['px'], feature='keys', tau=0.15, n_masks=3, crf=True, min_agreement=0.0, desc='')
     threads = torch.get_num_threads()
+
     def rate(net, batch_size, n=len(items)):
         with tempfile.TemporaryDirectory() as folder:
             run = functools.partial(label_images, features=net, root=files[0].parent, folder=folder, **options)

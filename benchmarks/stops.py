@@ -310,8 +310,11 @@ def page_of_hosts(whole, chosen, seed):
     lines = heading('Stages on two hosts', 1, ('torch', 'dvc'), how)
     n, good = sum(r['at'] is not None for r in rows), all(r['same'] for r in rows)
     same = '**byte-identical**' if good else '**NOT the same**'
-    lines += [f'A worker killed in {n} of {len(rows)} stages; torchrun restarts it, and all files that these stages '
-              f'write are {same} to those of two hosts undisturbed.', '']
+    lines += [
+        f'A worker killed in {n} of {len(rows)} stages; torchrun restarts it, and all files that these stages '
+        f'write are {same} to those of two hosts undisturbed.',
+        '',
+    ]
     note = 'Two processes add in another order than one: cutler and train end in others, and so does what reads theirs.'
     return lines + table_of_hosts(rows) + ['', note], good
 
