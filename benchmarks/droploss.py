@@ -6,11 +6,11 @@ The embedded model, 60 images of scenes/train, 48 to train on and 12 held out, 1
 scenes/val. The two arms of a seed have the same images and labels.
 """
 
-import csv
 import sys
 from pathlib import Path
 
 import numpy as np
+from machine import grow
 
 from u2seg.finetune import _scores, finetune
 from u2seg.images import write_json
@@ -57,18 +57,8 @@ def run(labels, droploss, seed):
 
 
 def main(seeds):
-    rows = list(csv.DictReader(results.open())) if results.exists() else []
-    done = {(r['labels'], float(r['droploss']), int(r['seed'])) for r in rows}
     jobs = [(labels, droploss, seed) for seed in seeds for labels in KEPT for droploss in (0.01, 0.0)]
-    for job in jobs:
-        if job in done:
-            continue
-        rows.append(run(*job))
-        print(rows[-1], flush=True)
-        with results.open('w', newline='') as f:
-            writer = csv.DictWriter(f, list(rows[0]), lineterminator='\n')
-            writer.writeheader()
-            writer.writerows(rows)
+    grow(results, jobs, ('labels', 'droploss', 'seed'), run)
 
 
 if __name__ == '__main__':

@@ -3,12 +3,12 @@
 python benchmarks/labels.py [SEED ...]     what is in the file already, of the same weights, is not run again
 """
 
-import csv
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+from machine import grow
 
 from u2seg.coco import read_instances
 from u2seg.finetune import _scores, finetune
@@ -100,18 +100,8 @@ def jobs(seeds):
 
 
 def main(seeds):
-    rows = list(csv.DictReader(results.open())) if results.exists() else []
-    rows = [r for r in rows if r['model'] == MODEL]  # weights of another training say nothing about these
-    done = {(r['how'], r['weights'], int(r['n']), int(r['seed'])) for r in rows}
-    for job in jobs(seeds):
-        if job in done:
-            continue
-        rows.append(run(*job))
-        print(rows[-1], flush=True)
-        with results.open('w', newline='') as f:
-            writer = csv.DictWriter(f, list(rows[0]), lineterminator='\n')
-            writer.writeheader()
-            writer.writerows(rows)
+    # weights of another training say nothing about these
+    grow(results, jobs(seeds), ('how', 'weights', 'n', 'seed'), run, keep=lambda r: r['model'] == MODEL)
 
 
 if __name__ == '__main__':

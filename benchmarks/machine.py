@@ -1,6 +1,6 @@
 """What every benchmark says about itself: with what and on which CPU it ran, and how it takes time."""
 
-import datetime, importlib, platform, shlex, statistics, sys, time
+import csv, datetime, importlib, platform, shlex, statistics, sys, time
 from pathlib import Path
 
 SIDES = 'Both sides run in one process, in turns. *Wall* is elapsed time, *CPU* the time that the process had a core.'
@@ -67,6 +67,22 @@ def spread(values):
         return f'{x:.0f}' if x >= 20 else f'{x:.1f}' if x >= 3 else f'{x:.2f}'
 
     return f'**{digits(statistics.median(values))}** ({digits(min(values))} to {digits(max(values))})'
+
+
+def grow(table, jobs, columns, run, keep=lambda row: True):
+    """Append to a CSV file the row run(*job) of each job that it lacks, at once; a job is the values of `columns`.
+    Rows that are not to be kept go."""
+    rows = [r for r in csv.DictReader(table.open()) if keep(r)] if table.exists() else []
+    done = {tuple(r[c] for c in columns) for r in rows}
+    for job in jobs:
+        if tuple(map(str, job)) in done:
+            continue
+        rows.append(run(*job))
+        print(rows[-1], flush=True)
+        with table.open('w', newline='') as f:
+            writer = csv.DictWriter(f, list(rows[0]), lineterminator='\n')
+            writer.writeheader()
+            writer.writerows(rows)
 
 
 def publish(lines, out):
