@@ -171,7 +171,7 @@ def figure(result:dict # of `finetune`
     fig = Picture(figsize=(6, 2.2))
     left, right = fig.subplots(1, 2, sharey=True)
     left.plot([before, *(100*r[name] for r in result['rounds'])], 'o-')
-    left.set(xlabel='rounds', ylabel=f'{name} of held-out images')
+    left.set(xlabel='rounds', ylabel=f'held-out {name}'.replace('_', ' '))
     points = [(0, before), *((c['n_train'], 100*c[name]) for c in result['curve'])]
     right.plot(*zip(*points), 'o-')
     right.set(xlabel='images trained on', ylim=(0, None))
