@@ -4,8 +4,9 @@
 
 Runs stage `train` and all before it with these settings (`dvc exp run` in a clone under DIR, so what is cached is not
 computed again), or takes a trained model (--trained). Scores it on 200 images of each kind drawn from seed 20117 under
-DIR/development, clusters named by vote on the training images that stage evaluate takes. Writes a line for each split
-to results/development.csv, in the place of those of the same name.
+DIR/development, clusters named by vote on the training images that stage evaluate takes: what the model decides for
+clusters, and what it decides by name. Writes a line for each and each split to results/development.csv, in the place of
+those of the same name.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from selftrain import measure
 
 from u2seg import sweep
 from u2seg.baselines import read_network
+from u2seg.evaluate import BY_NAME
 from u2seg.results import select
 from u2seg.scenes import draw_dataset
 from u2seg.stage import load_params
@@ -61,12 +63,17 @@ def run(a):
 
 
 def write(path, name, settings, rows):
-    kept = [r for r in csv.DictReader(open(path)) if r['name'] != name] if path.exists() else []
-    new = [dict(name=name, settings=settings, split=r['split'], **{k: f'{r[k]:.4f}' for k in COLUMNS}) for r in rows]
+    names = {'U2Seg': name, BY_NAME: f'{name}, by name'}
+    old = list(csv.DictReader(open(path))) if path.exists() else []
+    kept = [r for r in old if r['name'] not in names.values()]
+    at = next((i for i, r in enumerate(old) if r['name'] in names.values()), len(old))
+    rows = sorted(rows, key=lambda r: r['method'] == BY_NAME)
+    heads = [dict(name=names[r['method']], settings=settings, split=r['split']) for r in rows]
+    new = [h | {k: f'{r[k]:.4f}' for k in COLUMNS if k in r} for h, r in zip(heads, rows)]
     with open(path, 'w', newline='') as f:
         writer = csv.DictWriter(f, ['name', 'settings', 'split', *COLUMNS], lineterminator='\n')
         writer.writeheader()
-        writer.writerows(kept + new)
+        writer.writerows(kept[:at] + new + kept[at:])
 
 
 def main():
@@ -79,7 +86,7 @@ def main():
     settings = ' '.join(([f'recipe {a.recipe}'] if a.recipe else []) + a.settings)
     write(a.out, a.name, settings, rows)
     for r in rows:
-        print(a.name, r['split'], *(f'{k} {100 * r[k]:.1f}' for k in COLUMNS))
+        print(a.name, r['method'], r['split'], *(f'{k} {100 * r[k]:.1f}' for k in COLUMNS if k in r))
 
 
 if __name__ == '__main__':

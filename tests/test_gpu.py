@@ -40,6 +40,7 @@ from u2seg import position, semantic, smooseg, stego
 from u2seg.checkpoints import save_weights
 from u2seg.features import ViTFeatures, weights_digest
 from u2seg.images import write_png
+from u2seg.joined import join_clusters
 from u2seg.model import build_model
 from u2seg.optim import clip_gradients
 
@@ -319,6 +320,8 @@ def run_inference():
         for amp in (None, torch.bfloat16):
             with torch.no_grad(), torch.autocast('cuda', amp, enabled=amp is not None):
                 found = model(on(images), sizes=[(60, 90), (96, 128)])
+                joined = join_clusters(np.arange(6) % 2, np.arange(model.config['n_stuff']) % 2, CUDA)
+                found += model(on(images), sizes=[(60, 90), (96, 128)], joined=joined)
             assert all(r['boxes'].is_cuda and r['masks'].is_cuda and len(r['boxes']) for r in found)
 
 

@@ -34,6 +34,7 @@ def test_committed_sweeps_pass_the_stages_checks(name):
         'STEGO',
         'CutLER+STEGO',
         'U2Seg',
+        'U2Seg by name',
     }
 
 

@@ -23,6 +23,7 @@ from .cluster import Clusters, label_file
 from .device import own_device
 from .features import ViTFeatures
 from .images import read_image
+from .joined import Joined
 from .maskcut import label_images
 from .masks import encode_rle
 from .matching import file_hash
@@ -96,13 +97,17 @@ def _prediction(image_id, output):
 @torch.no_grad()
 def model_predictions(model:torch.nn.Module, # of `build_model`
                       root:str|Path, images:list[dict], # {id, file_name}, file names relative to `root`
-                      *, batch_size:int)->dict[int, ImagePrediction]: # by image id
+                      *, batch_size:int,
+                      joined:Joined|None=None, # decide by name
+                      )->dict[int, ImagePrediction]: # by image id
     "Run a network on images."
     model.eval()
-    out, size = {}, dict(short=model.config['min_size'], max_size=model.config['max_size'])
+    options = dict(short=model.config['min_size'], max_size=model.config['max_size'])
+    if joined: options |= dict(joined=joined)
+    out = {}
     for i in range(0, len(images), batch_size):
         batch = images[i:i + batch_size]
-        outputs = run_in_parts(model, [read_image(Path(root)/im['file_name']) for im in batch], **size)
+        outputs = run_in_parts(model, [read_image(Path(root)/im['file_name']) for im in batch], **options)
         out |= {im['id']: _prediction(im['id'], o) for im, o in zip(batch, outputs)}
     return out
 
@@ -190,12 +195,14 @@ def predict_methods(root:str|Path,            # file names are relative to it
                     batch_size:int,           # images a pass
                     n_procs:int,              # processes of one thread each, on a CPU
                     parts:dict|None,          # what `baselines` needs besides; None: U2Seg alone
+                    joined:Joined|None=None,  # U2Seg decides by name
                     )->dict[str, dict]:       # split -> method -> image id -> prediction
     "Predict every image of every split with every method."
     blocks = [(s, i) for s, images in splits.items() for i in range(0, len(images), batch_size)]
     def batch(s, i): return splits[s][i:i + batch_size]
-    def job(s, i): return partial(_predict_block, root, batch(s, i), model, Path(folder)/s/str(i), batch_size, parts)
+    def job(s, i): return partial(_predict_block, root, batch(s, i), model, Path(folder)/s/str(i), batch_size, parts, joined)
     key = dict(key, splits=splits, batch_size=batch_size, baselines=parts is not None)
+    if joined: key |= dict(joined=[joined.things.tolist(), joined.stuff.tolist()])
     n_procs = 1 if next(model.parameters()).is_cuda else n_procs
     done = run_shared([job(*b) for b in blocks], folder, key=key, n_procs=n_procs, desc='predicting',
                       n_images=[len(batch(*b)) for b in blocks])
@@ -204,6 +211,6 @@ def predict_methods(root:str|Path,            # file names are relative to it
         for method, predictions in methods.items(): out[s].setdefault(method, {}).update(predictions)
     return out
 
-def _predict_block(root, images, model, folder, batch_size, parts):
+def _predict_block(root, images, model, folder, batch_size, parts, joined):
     methods = baselines(root, images, folder=folder, batch_size=batch_size, **parts) if parts else {}
-    return methods | {'U2Seg': model_predictions(model, root, images, batch_size=batch_size)}
+    return methods | {'U2Seg': model_predictions(model, root, images, batch_size=batch_size, joined=joined)}

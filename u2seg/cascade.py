@@ -16,6 +16,7 @@ from torch import nn, Tensor
 from .agreement import region_weights
 from .backbone import Conv
 from .boxes import clip_boxes, decode_boxes, encode_boxes, match_regions, random_keys, sample
+from .joined import choose_by_name, Joined
 from .roialign import members, Pooler
 from .rpn import grouped_nms, nonempty
 
@@ -170,11 +171,14 @@ def mask_loss(heads, features, targets, boxes, image, labels, index, trust)->Ten
 # %% ../nbs/34_cascade.ipynb #choose
 def choose(boxes:Tensor, probs:Tensor, # [r, 4] xyxy, [r, K + 1]
            *, decode:str, # 'detectron2' or 'objectness'
-           threshold:float, nms_iou:float, n_max:int # least score; most IoU of two; most detections
+           threshold:float, nms_iou:float, n_max:int, # least score; most IoU of two; most detections
+           named:Tensor|None=None # float [K, names]: decide by name, see `choose_by_name`
            )->dict[str, Tensor]: # boxes [n, 4], scores [n], labels int64 [n], best first
     "Detections of one image."
     good = (torch.isfinite(boxes).all(1) & torch.isfinite(probs).all(1)).nonzero()[:, 0]
     boxes, probs = boxes[good], probs[good]
+    if named is not None:
+        return choose_by_name(boxes, probs, named, decode=decode, threshold=threshold, nms_iou=nms_iou, n_max=n_max)
     if decode == 'objectness':
         region = (1 - probs[:, -1] > threshold).nonzero()[:, 0]
         labels = probs[region, :-1].argmax(1)
@@ -214,8 +218,8 @@ class RoIHeads(nn.Module):
         logits, deltas = self.box_predictor[k](self.box_head[k](x))
         return logits.float(), deltas.float()
 
-    def forward(self, features, proposals, sizes, targets=None):
-        if targets is None: return detections(self, features, proposals, sizes)
+    def forward(self, features, proposals, sizes, targets=None, joined=None):
+        if targets is None: return detections(self, features, proposals, sizes, joined)
         return cascade_losses(self, features, proposals, sizes, targets)
 
 # %% ../nbs/34_cascade.ipynb #cascade_losses
@@ -246,7 +250,8 @@ def cascade_losses(heads:RoIHeads,
     return {**out, 'loss_mask': mask_loss(heads, features, targets, *first, region_weights(*first[2:], gt, n))}
 
 # %% ../nbs/34_cascade.ipynb #detections
-def detections(heads:RoIHeads, features, proposals, sizes # as in `cascade_losses`
+def detections(heads:RoIHeads, features, proposals, sizes, # as in `cascade_losses`
+               joined:Joined|None=None # decide by name
                )->list[dict]: # boxes [n, 4], scores [n], labels [n], mask_probs [n, s, s] of each image
     "The cascade at test time."
     image = _image_index(proposals)
@@ -259,7 +264,8 @@ def detections(heads:RoIHeads, features, proposals, sizes # as in `cascade_losse
         probs = probs + logits.softmax(1)
         boxes = clip_boxes(decode_boxes(boxes, deltas, weights), *size[image].to(boxes).unbind(1))
     probs = probs / len(heads.ious)
-    out = [choose(b, p, **heads.decoding) for b, p in zip(boxes.split(counts), probs.split(counts))]
+    rules = dict(heads.decoding, named=joined and joined.things)
+    out = [choose(b, p, **rules) for b, p in zip(boxes.split(counts), probs.split(counts))]
     boxes, labels = (torch.cat([d[key] for d in out]) for key in ('boxes', 'labels'))
     image = _image_index([d['labels'] for d in out])
     masks = heads.mask_head(heads.mask_pooler(features, boxes, image), labels).float().sigmoid()

@@ -19,6 +19,7 @@ from .backbone import BLOCKS, Conv, FPN, ResNet
 from .checkpoints import load_weights, save_weights # the names that users look for here
 from .cascade import process_weight, RoIHeads
 from .certainty import weighted_cross_entropy
+from .joined import Joined
 from .pixels import results
 from .roialign import widened
 from .rpn import RPN
@@ -192,16 +193,17 @@ class PanopticRCNN(nn.Module):
 
     def forward(self, images:list[Tensor], # [3, H, W] RGB 0 ... 255, any dtype
                 targets:list[dict]|None=None, # {boxes [m, 4] xyxy, labels int64 [m], masks, sem int64 [H, W], seed}
-                sizes:list|None=None): # (height, width) of each result; None: the image's own
+                sizes:list|None=None,  # (height, width) of each result; None: the image's own
+                joined:Joined|None=None): # decide by name, not by cluster
         if self.training and targets is None: raise ValueError('training needs targets')
         if not images: return _empty_losses(self) if self.training else []
-        if not self.training and (parts := _apart(self, images, sizes)): return parts
+        if not self.training and (parts := _apart(self, images, sizes, joined)): return parts
         x, shapes = self.batch(images)
         features, targets = self.backbone(x), targets if self.training else None
         proposals, losses = self.proposal_generator(features, shapes, targets)
         logits = self.sem_seg_head(features) if self.sem_seg_head else None
-        found = self.roi_heads(widened(features), proposals, shapes, targets)
-        if not self.training: return results(found, logits, shapes, sizes or shapes, self.config)
+        found = self.roi_heads(widened(features), proposals, shapes, targets, joined)
+        if not self.training: return results(found, logits, shapes, sizes or shapes, self.config, joined)
         if self.sem_seg_head: found |= self.sem_seg_head.loss(logits, *_stuff_maps(targets, x.shape[-2:]))
         return losses | found
 
@@ -212,13 +214,13 @@ def _batch(images, mean, std, stride): # -> [b, 3, H, W], sides multiples of the
     for o, x, (h, w) in zip(out, images, sizes): o[:, :h, :w] = (x.to(o) - mean) / std
     return out, sizes
 
-def _apart(model, images, sizes):
+def _apart(model, images, sizes, joined):
     "Results of images that do not go through the network together, in order; None if all do."
     groups = companions([x.shape[-2:] for x in images], model.stride, model.pixel_mean.device)
     if len(groups) == 1: return None
     out = [None]*len(images)
     for group in groups:
-        part = model([images[i] for i in group], sizes=sizes and [sizes[i] for i in group])
+        part = model([images[i] for i in group], sizes=sizes and [sizes[i] for i in group], joined=joined)
         for i, result in zip(group, part): out[i] = result
     return out
 

@@ -16,6 +16,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from .boxes import clip_boxes
+from .joined import Joined, join_stuff
 from .masks import encode_rle, mask_to_box
 from .rpn import nonempty
 
@@ -129,12 +130,14 @@ def combine(masks:Tensor|PastedMasks, # bool [n, H, W]
             scores:Tensor, # [n]
             labels:Tensor, # int64 [n], 0 ... n_things - 1
             sem:Tensor,    # int [H, W], 0 = thing, else stuff
+            objectness:Tensor|None=None, # [n], what is held against `score`; none: the scores
             *, n_things:int, score:float, overlap:float, area:int
             )->tuple[Tensor, list[dict]]: # int32 [H, W] ids, 0 = void; segments
     "Things by falling score, then stuff where it is free (Panoptic FPN, section 3; detectron2's order of rules)."
     ids = torch.zeros(sem.shape, dtype=torch.int32, device=sem.device)
     order = torch.argsort(-scores, stable=True)
-    things = _lay(masks, order[scores[order] >= score].tolist(), overlap, ids)
+    sure = (scores if objectness is None else objectness)[order] >= score
+    things = _lay(masks, order[sure].tolist(), overlap, ids)
     scores, labels = scores.tolist(), labels.tolist()
     segments = [dict(id=n, isthing=True, category_id=labels[i] + 1, score=scores[i], instance_id=i, area=size)
                 for i, n, size in things if n]
@@ -157,9 +160,11 @@ def results(detections:list[dict], # see `cascade.detections`
             shapes:list,           # (height, width) in the network, without the padding
             sizes:list,            # (height, width) of the results
             config:dict,
+            joined:Joined|None=None, # decide by name
             *, large:int=LARGE)->list[dict]: # boxes, scores, labels, masks; with stuff sem_logits, semantic, panoptic
     "Detections and stuff scores of padded images at `sizes`."
     if logits is not None:
+        if joined: logits = join_stuff(logits.float(), joined.stuff)
         stride = 2**(config['fpn_first'] - (0 if config['stem_pool'] else 1))
         logits = F.interpolate(logits.float(), scale_factor=stride, mode='bilinear', align_corners=False)
     for i, (f, (h, w), (H, W)) in enumerate(zip(detections, shapes, sizes)):
@@ -168,11 +173,11 @@ def results(detections:list[dict], # see `cascade.detections`
         f.update({k: v[real] for k, v in f.items()})
         paste = PastedMasks if H*W > large else paste_masks
         f['masks'] = paste(f.pop('mask_probs'), f['boxes'], H, W)
+        objectness = f.pop('objectness', None)
         if logits is None: continue
         f['sem_logits'] = scores = _at_size(logits[i, :, :h, :w], (H, W), large)
         f['semantic'] = scores.argmax(0)
-        options = _combine_options(config)
-        f['panoptic'] = combine(f['masks'], f['scores'], f['labels'], f['semantic'], **options)
+        f['panoptic'] = combine(f['masks'], f['scores'], f['labels'], f['semantic'], objectness, **_rules(config))
     return detections
 
 def _at_size(logits, size, large):
@@ -180,7 +185,7 @@ def _at_size(logits, size, large):
     if size[0]*size[1] > large: return StuffScores(logits, tuple(size))
     return F.interpolate(logits[None], size, mode='bilinear', align_corners=False)[0]
 
-def _combine_options(c):
+def _rules(c):
     rules = {k: c[f'panoptic_{k}'] for k in ('score', 'overlap', 'area')}
     return dict(rules, n_things=c['n_things'])
 

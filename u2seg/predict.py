@@ -33,11 +33,12 @@ def run_network(model:nn.Module,         # in eval mode: images, sizes -> [{boxe
                 images:list[np.ndarray], # uint8 [H, W, 3]
                 *, short:int,            # short side that the network sees, pixels
                 max_size:int,            # bound of the long side, pixels
+                **options,               # of the network: `joined`
                 )->list[dict]:           # results at the images' own sizes, in their order
     "Run the network on images of any size."
     device = next(model.parameters()).device
     seen = [_resize(im, short_side(im.shape[:2], short, max_size)).to(device) for im in images]
-    return model(seen, sizes=[im.shape[:2] for im in images])
+    return model(seen, sizes=[im.shape[:2] for im in images], **options)
 
 def run_in_parts(model:nn.Module, images:list[np.ndarray], **options)->Iterator[dict]: # of `run_network`; its results
     "Run the network on images of any size; fewer at a time where they are large."

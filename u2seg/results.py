@@ -116,8 +116,9 @@ def results_table(rows:list[dict],      # of one split
                   columns:dict[str, str]=COLUMNS)->str: # Markdown
     "A line for each method; cells `fitted on training images / fitted on the evaluated images`."
     lines = [['', *columns.values()]]
+    rows = select(rows, matching=matching)
     for m in dict.fromkeys(r['method'] for r in rows):
-        of_method = select(rows, method=m, matching=matching)
+        of_method = select(rows, method=m)
         lines.append([m, *(score_cell(of_method, k) for k in columns)])
     return markdown(lines)
 
