@@ -96,6 +96,13 @@ def test_a_name_for_each_cluster_changes_nothing(net):
     assert torch.equal(plain['panoptic'][0], named['panoptic'][0])
 
 
+def test_all_clusters_of_one_name_leave_one_detection_a_region(net):
+    plain, named = (run(net, j, 'detectron2') for j in (None, join_clusters([0] * 6, [0] * 4)))
+    assert (box_iou(plain['boxes'], plain['boxes']) > 0.99).sum() > len(plain['boxes'])  # a region of several clusters
+    assert ((box_iou(named['boxes'], named['boxes']) > NETWORK['nms']) == torch.eye(len(named['boxes'])).bool()).all()
+    assert named['scores'][0] > plain['scores'][0] + 0.1  # the sum over six clusters
+
+
 def test_an_image_by_name_has_one_segment_for_each_name_of_stuff(net):
     named = run(net, join_clusters([0, 0, 0, 1, 1, 1], [7, 7, 7, 7]), 'detectron2')
     stuff = [s for s in named['panoptic'][1] if not s['isthing']]

@@ -158,6 +158,8 @@ _FEW = 'Fine-tuned on a part of the labels; mean over seeds ± half the spread.'
 
 # %% ../nbs/85_report.ipynb #with_plus
 PLUS = [('is better than U2Seg', 'U2Seg+', 'U2Seg', ['mask_AP50', 'PixelAcc', 'mIoU', 'PQ', 'PQ_merged']),
+        ('is better by name than U2Seg', 'U2Seg+ by name', 'U2Seg', ['mask_AP50', 'PixelAcc', 'mIoU', 'PQ', 'PQ_merged']),
+        ('is better by name than by cluster', 'U2Seg+ by name', 'U2Seg+', ['mask_AP50', 'PixelAcc', 'mIoU', 'PQ']),
         ('names objects better than CutLER+', 'U2Seg+', 'CutLER+', ['mask_AP50']),
         ('segments scenes better than STEGO', 'U2Seg+', 'STEGO', ['PixelAcc', 'mIoU']),
         ('beats its parts merged, CutLER+STEGO', 'U2Seg+', 'CutLER+STEGO', ['PQ'])]
@@ -166,7 +168,8 @@ def with_plus(seeds:list[dict], # rows of ablations/seeds.csv
               plus:list[dict],  # of ablations/plus.csv, its settings U2Seg and U2Seg+
               )->list[dict]:
     "Both, split by split: U2Seg, with the scores that only the second has; the other as U2Seg+, few labels as u2seg+."
-    names, of = {'U2Seg': 'U2Seg+', 'u2seg': 'u2seg+'}, lambda r: tuple(r.get(k) for k in ('seed', *HEAD))
+    names = {'U2Seg': 'U2Seg+', 'U2Seg by name': 'U2Seg+ by name', 'u2seg': 'u2seg+'}
+    of = lambda r: tuple(r.get(k) for k in ('seed', *HEAD))
     more = {of(r): r for r in select(plus, setting='U2Seg')}
     rows = [more.get(of(r), {}) | r for r in seeds]
     rows += [dict(r, method=names[r['method']]) for r in select(plus, setting='U2Seg+') if r['method'] in names]
