@@ -81,7 +81,7 @@ def main():
     torch.set_num_threads(1)
     a.labelled, a.labelled_images = development_set(a.work / 'development', a.n_images), None
     trained = a.trained or run(a)
-    found = measure(read_network(trained), a, load_params(), a.work / f'scores-{a.name}')
+    found = measure(read_network(trained), a, load_params(), a.work / f'scores-{a.name}', by_name=True)
     rows = select(found, fitted_on='train', matching='vote')
     settings = ' '.join(([f'recipe {a.recipe}'] if a.recipe else []) + a.settings)
     write(a.out, a.name, settings, rows)

@@ -20,13 +20,12 @@ from machine import heading, publish
 
 from u2seg import train
 from u2seg.augment import Augment
-from u2seg.baselines import predict_methods, read_network
+from u2seg.baselines import deciding, predict_methods, read_network
 from u2seg.batches import Batches, PseudoLabels
 from u2seg.checkpoints import load_weights
 from u2seg.evaluate import evaluate
 from u2seg.features import weights_digest
 from u2seg.images import read_json
-from u2seg.joined import join_clusters
 from u2seg.masks import instances_json
 from u2seg.model import build_model
 from u2seg.optim import CLASS_LAYERS
@@ -39,7 +38,7 @@ SCORES = 'PQ', 'PQ_things', 'PQ_stuff', 'mask_AP50', 'PixelAcc', 'mIoU', 'agnost
 OPTIONS = 'match_score', 'match_iou', 'match_stuff_iou'
 
 
-def measure(net, a, params, folder):
+def measure(net, a, params, folder, by_name=False):
     "Rows of scores of a network."
     p, splits = params['evaluate'], params['data']
     truths = read_truths(a.labelled, splits['val'], n_images=a.labelled_images, classes=p['classes'])
@@ -48,14 +47,11 @@ def measure(net, a, params, folder):
     run = dict(model=net, parts=None, folder=folder, key=dict(weights=weights_digest(net)), batch_size=16, n_procs=1)
     predict = lambda root, truths: predict_methods(root, {s: t.images for s, t in truths.items()}, **run)
     predictions, fit_predictions = predict(a.labelled, truths), predict(params['data']['root'], fit_truths)
-
-    def decide(split, mapping):
-        named = dict(run, joined=join_clusters(mapping.things, mapping.stuff))
-        return predict_methods(a.labelled, {split: truths[split].images}, **named)[split]['U2Seg']
-
     sizes = dict(n_clusters=net.config['n_things'], n_stuff=net.config['n_stuff'])
     options = sizes | {k: p[k] for k in OPTIONS}
-    return evaluate(predictions, truths, fit_predictions, fit_truths, decide=decide, **options)[0]
+    if by_name:
+        options['decide'] = deciding(a.labelled, {s: t.images for s, t in truths.items()}, **run)
+    return evaluate(predictions, truths, fit_predictions, fit_truths, **options)[0]
 
 
 def lines(name, rows):

@@ -5,7 +5,6 @@ import pytest
 import torch
 from torchvision.ops import box_iou
 
-from u2seg.cascade import choose
 from u2seg.joined import choose_by_name, join_clusters, join_stuff
 from u2seg.model import build_model
 from u2seg.pixels import combine
@@ -47,18 +46,48 @@ def test_detections_by_name_are_those_of_a_plain_loop(seed):
     assert found['labels'].tolist() == [k for _, _, k in want]
     assert torch.equal(found['boxes'], boxes[[r for _, r, _ in want]])
     torch.testing.assert_close(found['scores'], torch.tensor([s for s, _, _ in want]))
-    torch.testing.assert_close(found['objectness'], 1 - probs[[r for _, r, _ in want], -1])
+    sums = lambda r: [probs[r, [k for k, v in enumerate(names) if v == n]].sum() for n in sorted({*names} - {-1})]
+    objectness = [1 - probs[r, -1] if abs(s - max(sums(r))) < 1e-6 else torch.tensor(s) for s, r, _ in want]
+    torch.testing.assert_close(found['objectness'], torch.stack(objectness))
     assert 'objectness' not in choose_by_name(boxes, probs, named, decode='detectron2', **RULES)
 
 
-def test_a_cluster_without_a_name_has_no_part_in_anything():
+def test_a_cluster_without_a_name_is_never_chosen():
     boxes, probs = regions(0)
     probs[:, 3] += 5  # it would win everywhere
-    found = choose(boxes, probs, decode='objectness', named=join_clusters([0, 1, 2, -1, 3, 4, 5], []).things, **RULES)
+    named = join_clusters([0, 1, 2, -1, 3, 4, 5], []).things
+    found = choose_by_name(boxes, probs, named, decode='objectness', **RULES)
     assert len(found['labels']) and 3 not in found['labels']
     logits = torch.randn(2, 5, 6, 6, generator=torch.Generator().manual_seed(0))
     logits[:, 2] = 50.0
     assert 2 not in join_stuff(logits, join_clusters([], [0, -1, 0, 1]).stuff).argmax(1)
+
+
+def test_regions_that_are_no_numbers_are_left_out():
+    boxes, probs = regions(4)
+    boxes[3, 0], probs[5, 2] = torch.inf, torch.nan
+    named = join_clusters([0, 0, 1, 1, 2, 2, 2], []).things
+    rest = [r for r in range(len(boxes)) if r not in (3, 5)]
+    got, want = (
+        choose_by_name(b, p, named, decode='objectness', **RULES)
+        for b, p in ((boxes, probs), (boxes[rest], probs[rest]))
+    )
+    assert all(torch.equal(got[k], want[k]) for k in want)
+
+
+def test_half_precision_does_not_touch_the_sums():
+    boxes, probs = regions(3)
+    named = join_clusters([0, 0, 1, 1, 2, 2, 2], []).things
+    want = choose_by_name(boxes, probs, named, decode='objectness', **RULES)
+    with torch.autocast('cpu', torch.bfloat16):
+        got = choose_by_name(boxes, probs, named, decode='objectness', **RULES)
+    assert all(torch.equal(got[k], want[k]) for k in want)
+
+
+def test_only_the_likeliest_name_of_a_region_enters_by_its_objectness():
+    box, probs = torch.tensor([[0.0, 0, 30, 30]]), torch.tensor([[0.55, 0.06, 0.29, 0.10]])
+    found = choose_by_name(box, probs, join_clusters([0, 1, -1], []).things, decode='objectness', **RULES)
+    torch.testing.assert_close(found['objectness'], torch.tensor([0.90, 0.06]))
 
 
 def test_stuff_by_name_is_the_argmax_of_summed_probabilities():

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PackedMap', 'pack', 'ImagePrediction', 'merged', 'model_predictions', 'combine_baselines', 'baselines', 'read_parts',
-           'read_network', 'predict_methods']
+           'read_network', 'predict_methods', 'deciding']
 
 # %% ../nbs/73_baselines.ipynb #imports
 import zlib
@@ -23,7 +23,7 @@ from .cluster import Clusters, label_file
 from .device import own_device
 from .features import ViTFeatures
 from .images import read_image
-from .joined import Joined
+from .joined import join_clusters, Joined
 from .maskcut import label_images
 from .masks import encode_rle
 from .matching import file_hash
@@ -77,7 +77,7 @@ def merged(instances:list[dict],  # of one image, category_id = cluster + 1
     return ImagePrediction(instances=_complete(instances), scored=scored, semantic=stuff, stuff=stuff,
                            ids=pack(ids.astype(np.uint16)), segments=segments)
 
-# %% ../nbs/73_baselines.ipynb #model_predictions
+# %% ../nbs/73_baselines.ipynb #prediction
 def _prediction(image_id, output):
     "One output of `PanopticRCNN` as an `ImagePrediction`."
     array = lambda t, dtype: t.cpu().numpy().astype(dtype)
@@ -94,6 +94,7 @@ def _prediction(image_id, output):
     return ImagePrediction(instances=instances, semantic=pack(array(semantic, np.uint8)),
                            stuff=pack(array(stuff, np.uint8)), ids=pack(array(ids, np.uint16)), segments=segments)
 
+# %% ../nbs/73_baselines.ipynb #model_predictions
 @torch.no_grad()
 def model_predictions(model:torch.nn.Module, # of `build_model`
                       root:str|Path, images:list[dict], # {id, file_name}, file names relative to `root`
@@ -101,10 +102,9 @@ def model_predictions(model:torch.nn.Module, # of `build_model`
                       joined:Joined|None=None, # decide by name
                       )->dict[int, ImagePrediction]: # by image id
     "Run a network on images."
-    model.eval()
-    options = dict(short=model.config['min_size'], max_size=model.config['max_size'])
+    out, options = {}, dict(short=model.config['min_size'], max_size=model.config['max_size'])
     if joined: options |= dict(joined=joined)
-    out = {}
+    model.eval()
     for i in range(0, len(images), batch_size):
         batch = images[i:i + batch_size]
         outputs = run_in_parts(model, [read_image(Path(root)/im['file_name']) for im in batch], **options)
@@ -200,7 +200,8 @@ def predict_methods(root:str|Path,            # file names are relative to it
     "Predict every image of every split with every method."
     blocks = [(s, i) for s, images in splits.items() for i in range(0, len(images), batch_size)]
     def batch(s, i): return splits[s][i:i + batch_size]
-    def job(s, i): return partial(_predict_block, root, batch(s, i), model, Path(folder)/s/str(i), batch_size, parts, joined)
+    options = batch_size, parts, joined
+    def job(s, i): return partial(_predict_block, root, batch(s, i), model, Path(folder)/s/str(i), *options)
     key = dict(key, splits=splits, batch_size=batch_size, baselines=parts is not None)
     if joined: key |= dict(joined=[joined.things.tolist(), joined.stuff.tolist()])
     n_procs = 1 if next(model.parameters()).is_cuda else n_procs
@@ -214,3 +215,13 @@ def predict_methods(root:str|Path,            # file names are relative to it
 def _predict_block(root, images, model, folder, batch_size, parts, joined):
     methods = baselines(root, images, folder=folder, batch_size=batch_size, **parts) if parts else {}
     return methods | {'U2Seg': model_predictions(model, root, images, batch_size=batch_size, joined=joined)}
+
+# %% ../nbs/73_baselines.ipynb #deciding
+def deciding(root:str|Path, images:dict[str, list[dict]], # split -> {id, file_name}
+             **run, # options of `predict_methods`
+             )->Callable: # split, mapping with things [K] and stuff [S] -> image id -> prediction
+    "What U2Seg predicts by name, under any mapping of clusters to category ids, -1 = no name."
+    def decide(split, mapping):
+        joined = join_clusters(mapping.things, mapping.stuff)
+        return predict_methods(root, {split: images[split]}, **run | dict(parts=None, joined=joined))[split]['U2Seg']
+    return decide

@@ -8,6 +8,8 @@ __all__ = ['BoxHead', 'BoxPredictor', 'MaskHead', 'all_labels', 'label_regions',
            'detections']
 
 # %% ../nbs/34_cascade.ipynb #imports
+from functools import partial
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -150,8 +152,7 @@ def mask_targets(targets:list[dict], # {boxes, masks bool [m, H, W]} of each ima
                  size:int)->Tensor:  # float [r, size, size]
     "Each region's label mask, cut out and resized by RoIAlign, at one half."
     from torchvision.ops import roi_align                          # a second of import
-    out = boxes.new_zeros(len(boxes), size, size)
-    start = 0
+    out, start = boxes.new_zeros(len(boxes), size, size), 0
     for t, rows in zip(targets, members(image, len(targets))):
         rois = torch.cat([(index[rows] - start)[:, None].to(boxes.dtype), boxes[rows]], 1)
         if len(rows):
@@ -171,23 +172,18 @@ def mask_loss(heads, features, targets, boxes, image, labels, index, trust)->Ten
 # %% ../nbs/34_cascade.ipynb #choose
 def choose(boxes:Tensor, probs:Tensor, # [r, 4] xyxy, [r, K + 1]
            *, decode:str, # 'detectron2' or 'objectness'
-           threshold:float, nms_iou:float, n_max:int, # least score; most IoU of two; most detections
-           named:Tensor|None=None # float [K, names]: decide by name, see `choose_by_name`
+           threshold:float, nms_iou:float, n_max:int # least score; most IoU of two; most detections
            )->dict[str, Tensor]: # boxes [n, 4], scores [n], labels int64 [n], best first
     "Detections of one image."
     good = (torch.isfinite(boxes).all(1) & torch.isfinite(probs).all(1)).nonzero()[:, 0]
     boxes, probs = boxes[good], probs[good]
-    if named is not None:
-        return choose_by_name(boxes, probs, named, decode=decode, threshold=threshold, nms_iou=nms_iou, n_max=n_max)
     if decode == 'objectness':
         region = (1 - probs[:, -1] > threshold).nonzero()[:, 0]
-        labels = probs[region, :-1].argmax(1)
+        labels, scores = probs[region, :-1].argmax(1), 1 - probs[region, -1]
         group = torch.zeros_like(region)
-        scores = 1 - probs[region, -1]
     else:
         region, labels = (probs[:, :-1] > threshold).nonzero().unbind(1)
-        group = labels
-        scores = probs[region, labels]
+        group, scores = labels, probs[region, labels]
     keep = grouped_nms(boxes[region], scores, group, nms_iou)[:n_max]
     return dict(boxes=boxes[region][keep], scores=scores[keep], labels=labels[keep])
 
@@ -252,20 +248,19 @@ def cascade_losses(heads:RoIHeads,
 # %% ../nbs/34_cascade.ipynb #detections
 def detections(heads:RoIHeads, features, proposals, sizes, # as in `cascade_losses`
                joined:Joined|None=None # decide by name
-               )->list[dict]: # boxes [n, 4], scores [n], labels [n], mask_probs [n, s, s] of each image
+               )->list[dict]: # of each image what `choose` or `choose_by_name` gives, and mask_probs [n, s, s]
     "The cascade at test time."
     image = _image_index(proposals)
     boxes = torch.cat(proposals)
     size = torch.tensor(sizes, device=image.device)
-    counts = [len(p) for p in proposals]
-    probs = 0
+    counts, probs = [len(p) for p in proposals], 0
     for k, weights in enumerate(heads.weights):
         logits, deltas = heads.stage(k, features, boxes, image)
         probs = probs + logits.softmax(1)
         boxes = clip_boxes(decode_boxes(boxes, deltas, weights), *size[image].to(boxes).unbind(1))
     probs = probs / len(heads.ious)
-    rules = dict(heads.decoding, named=joined and joined.things)
-    out = [choose(b, p, **rules) for b, p in zip(boxes.split(counts), probs.split(counts))]
+    pick = partial(choose_by_name, named=joined.things) if joined else choose
+    out = [pick(b, p, **heads.decoding) for b, p in zip(boxes.split(counts), probs.split(counts))]
     boxes, labels = (torch.cat([d[key] for d in out]) for key in ('boxes', 'labels'))
     image = _image_index([d['labels'] for d in out])
     masks = heads.mask_head(heads.mask_pooler(features, boxes, image), labels).float().sigmoid()

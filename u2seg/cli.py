@@ -119,10 +119,8 @@ def download(name:str|None=None, out:str|None=None):
     "Fetch a data set or weights by name, checked and resumed; prints the licence; without a name, list them."
     from u2seg import zoo
     from u2seg.download import HELP, SOURCES, download
-    from u2seg.result_folder import result_folder
     if name is None: print(zoo.listing()); return
     zoo.check_known(name, [*zoo.WEIGHTS, *SOURCES, *HELP])
-    if out is not None: result_folder(out)
     if name in zoo.WEIGHTS: print(zoo.fetch_weights(name, out or 'weights'))
     else: download(name, out)
 

@@ -26,6 +26,8 @@ from pathlib import Path, PurePosixPath
 
 from tqdm.auto import tqdm
 
+from .result_folder import result_folder
+
 # %% ../nbs/94_download.ipynb #SOURCES
 _COCO = 'http://images.cocodataset.org'
 _VOC = 'http://host.robots.ox.ac.uk/pascal/VOC/voc2007'
@@ -118,7 +120,7 @@ def fetch(url:str,       # http or https
     "Download `url` to `path`, resuming; `ValueError` in one sentence if that fails or the digest differs."
     path, part = Path(path), Path(f'{path}.part')
     if path.exists() and (md5 is None or digest(path) == md5): return path
-    path.parent.mkdir(parents=True, exist_ok=True)
+    result_folder(path.parent).mkdir(parents=True, exist_ok=True)
     if not url.startswith(('http://', 'https://')): raise ValueError(f'{url}: only http and https are fetched')
     for i in range(n_tries):
         try: _fetch_once(url, part, timeout, path.name); break
@@ -131,8 +133,7 @@ def fetch(url:str,       # http or https
     if md5 is not None and (got := digest(part)) != md5:
         part.unlink()
         raise ValueError(f'{url}: the file has md5 {got}, expected {md5}; it was removed')
-    os.replace(part, path)
-    return path
+    return part.replace(path)
 
 def digest(path:str|Path, kind:str='md5')->str: # md5, as the publishers of these files give it, or sha256
     "Digest of a file, in blocks."

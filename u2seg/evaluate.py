@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BY_NAME', 'Votes', 'count_votes', 'Mapping', 'name_clusters', 'semantic_map', 'score_agnostic', 'labels_of',
-           'label_counts', 'class_pq', 'score', 'evaluate', 'check_options', 'image_pq']
+           'label_counts', 'class_pq', 'score', 'evaluate', 'image_pq']
 
 # %% ../nbs/74_evaluate.ipynb #imports
 from collections.abc import Callable
@@ -251,18 +251,6 @@ def evaluate(predictions:dict[str, dict], # split -> method -> image id -> predi
             rows += _score_rows(predictions[split][method], truth, method, mappings)
             if decide and method == 'U2Seg': rows += _by_name_rows(decide, truth, mappings)
     return rows, mappings
-
-# %% ../nbs/74_evaluate.ipynb #check_options
-def check_options(*, n_fit_images:int, seed:int, classes:str, batch_size:int, n_procs:int, **thresholds):
-    "`ValueError` for parameters of stage evaluate that cannot be."
-    if n_fit_images < 0: raise ValueError(f'n_fit_images must be 0 or more, got {n_fit_images}')
-    if seed < 0: raise ValueError(f'seed must be 0 or more, got {seed}')
-    if classes not in ('given', 'supercategories'):
-        raise ValueError(f"classes must be 'given' or 'supercategories', got {classes!r}")
-    if batch_size < 1 or n_procs < 1:
-        raise ValueError(f'batch_size and n_procs must be 1 or more, got {batch_size} and {n_procs}')
-    for name, value in thresholds.items():
-        if not 0 <= value <= 1: raise ValueError(f'{name} must lie in [0, 1], got {value}')
 
 # %% ../nbs/74_evaluate.ipynb #image_pq
 def image_pq(predictions:dict[int, ImagePrediction], truth:GroundTruth,

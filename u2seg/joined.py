@@ -21,28 +21,28 @@ class Joined:
     things:Tensor # float [K, names]
     stuff:Tensor  # float [S, names]
 
-def _table(ids, device):
-    ids = np.asarray(ids)
-    return torch.tensor(ids[:, None] == np.unique(ids[ids >= 0])).float().to(device)
-
 def join_clusters(things:np.ndarray, stuff:np.ndarray, # [K], [S] category id of each cluster, -1 = no name
-                  device:torch.device|str='cpu')->Joined:
+                  )->Joined:
     "Clusters with the same id are one."
-    return Joined(_table(things, device), _table(stuff, device))
+    def table(ids): return torch.tensor(ids[:, None] == np.unique(ids[ids >= 0])).float()
+    return Joined(*(table(np.asarray(ids)) for ids in (things, stuff)))
 
 # %% ../nbs/33_joined.ipynb #choose_by_name
-def choose_by_name(boxes:Tensor, probs:Tensor, # [r, 4] xyxy, [r, K + 1], finite
+def choose_by_name(boxes:Tensor, probs:Tensor, # [r, 4] xyxy, [r, K + 1]
                    named:Tensor,               # float [K, names], of `Joined`
                    *, decode:str, threshold:float, nms_iou:float, n_max:int # see `cascade.choose`
-                   )->dict[str, Tensor]: # boxes [n, 4], scores [n], labels int64 [n], best first; perhaps objectness [n]
-    "Detections of one image, a name at a time."
-    each = probs[:, :-1] @ named
-    region, name = (each > threshold).nonzero().unbind(1)
+                   )->dict[str, Tensor]: # boxes [n, 4], scores [n], labels int64 [n], best first
+    "Detections of one image, a name at a time; with `decode='objectness'` the objectness [n] of each."
+    named = named.to(probs)
+    with torch.autocast(probs.device.type, enabled=False): each = probs[:, :-1] @ named
+    region, name = ((each > threshold) & boxes.isfinite().all(1, keepdim=True)).nonzero().unbind(1)
     keep = grouped_nms(boxes[region], each[region, name], name, nms_iou)[:n_max]
     region, name = region[keep], name[keep]
-    labels = (probs[region, :-1]*named.T[name]).argmax(1)
-    found = dict(boxes=boxes[region], scores=each[region, name], labels=labels)
-    return found | (dict(objectness=1 - probs[region, -1]) if decode == 'objectness' else {})
+    scores, labels = each[region, name], (probs[region, :-1]*named.T[name]).argmax(1)
+    found = dict(boxes=boxes[region], scores=scores, labels=labels)
+    if decode != 'objectness' or not len(region): return found
+    best = name == each[region].argmax(1)
+    return found | dict(objectness=torch.where(best, 1 - probs[region, -1], scores))
 
 # %% ../nbs/33_joined.ipynb #join_stuff
 def join_stuff(logits:Tensor, # [b, 1 + S, h, w], the first: no stuff
@@ -51,7 +51,7 @@ def join_stuff(logits:Tensor, # [b, 1 + S, h, w], the first: no stuff
     "Logits of names, in the channel of the first cluster of each."
     out = torch.full_like(logits, -1e4)
     out[:, 0] = logits[:, 0]
-    for members in named.T:
+    for members in named.T.to(logits.device):
         rows = 1 + members.nonzero()[:, 0]
         out[:, rows[0]] = logits[:, rows].logsumexp(1)
     return out

@@ -193,8 +193,7 @@ class PanopticRCNN(nn.Module):
 
     def forward(self, images:list[Tensor], # [3, H, W] RGB 0 ... 255, any dtype
                 targets:list[dict]|None=None, # {boxes [m, 4] xyxy, labels int64 [m], masks, sem int64 [H, W], seed}
-                sizes:list|None=None,  # (height, width) of each result; None: the image's own
-                joined:Joined|None=None): # decide by name, not by cluster
+                sizes:list|None=None, joined:Joined|None=None): # (height, width) of each result; decide by name
         if self.training and targets is None: raise ValueError('training needs targets')
         if not images: return _empty_losses(self) if self.training else []
         if not self.training and (parts := _apart(self, images, sizes, joined)): return parts

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['fine_maps', 'semantic27', 'add_semantic27', 'sensitivity', 'save_names', 'unnamed', 'unnamed_mappings',
-           'sample_images', 'usage']
+           'sample_images', 'usage', 'check_options']
 
 # %% ../nbs/75_naming.ipynb #imports
 import os
@@ -128,3 +128,15 @@ def usage(predictions:dict[int, ImagePrediction], n_categories:int)->tuple[np.nd
     categories = [s['category_id'] - 1 for p in predictions.values() for s in p.segments]
     counts = np.bincount(categories, minlength=n_categories)
     return counts, {i: float((p.ids.unpack() == 0).mean()) for i, p in predictions.items()}
+
+# %% ../nbs/75_naming.ipynb #check_options
+def check_options(*, n_fit_images:int, seed:int, classes:str, batch_size:int, n_procs:int, **thresholds):
+    "`ValueError` for parameters of stage evaluate that cannot be."
+    if n_fit_images < 0: raise ValueError(f'n_fit_images must be 0 or more, got {n_fit_images}')
+    if seed < 0: raise ValueError(f'seed must be 0 or more, got {seed}')
+    if classes not in ('given', 'supercategories'):
+        raise ValueError(f"classes must be 'given' or 'supercategories', got {classes!r}")
+    if batch_size < 1 or n_procs < 1:
+        raise ValueError(f'batch_size and n_procs must be 1 or more, got {batch_size} and {n_procs}')
+    for name, value in thresholds.items():
+        if not 0 <= value <= 1: raise ValueError(f'{name} must lie in [0, 1], got {value}')

@@ -130,7 +130,7 @@ def combine(masks:Tensor|PastedMasks, # bool [n, H, W]
             scores:Tensor, # [n]
             labels:Tensor, # int64 [n], 0 ... n_things - 1
             sem:Tensor,    # int [H, W], 0 = thing, else stuff
-            objectness:Tensor|None=None, # [n], what is held against `score`; none: the scores
+            objectness:Tensor|None=None, # [n], what is held against `score`; None: the scores
             *, n_things:int, score:float, overlap:float, area:int
             )->tuple[Tensor, list[dict]]: # int32 [H, W] ids, 0 = void; segments
     "Things by falling score, then stuff where it is free (Panoptic FPN, section 3; detectron2's order of rules)."
@@ -153,6 +153,16 @@ def _paint_stuff(ids, sem, first, n_things, area):
     for k, c in enumerate(kept): table[c] = first + k
     for i, s in bands: i.copy_(torch.where(i == 0, table[s.long()], i))
     return [dict(id=first + k, isthing=False, category_id=n_things + c, area=count[c]) for k, c in enumerate(kept)]
+
+# %% ../nbs/36_pixels.ipynb #sizes
+def _at_size(logits, size, large):
+    if tuple(logits.shape[1:]) == tuple(size): return logits
+    if size[0]*size[1] > large: return StuffScores(logits, tuple(size))
+    return F.interpolate(logits[None], size, mode='bilinear', align_corners=False)[0]
+
+def _rules(c):
+    rules = {k: c[f'panoptic_{k}'] for k in ('score', 'overlap', 'area')}
+    return dict(rules, n_things=c['n_things'])
 
 # %% ../nbs/36_pixels.ipynb #results
 def results(detections:list[dict], # see `cascade.detections`
@@ -179,15 +189,6 @@ def results(detections:list[dict], # see `cascade.detections`
         f['semantic'] = scores.argmax(0)
         f['panoptic'] = combine(f['masks'], f['scores'], f['labels'], f['semantic'], objectness, **_rules(config))
     return detections
-
-def _at_size(logits, size, large):
-    if tuple(logits.shape[1:]) == tuple(size): return logits
-    if size[0]*size[1] > large: return StuffScores(logits, tuple(size))
-    return F.interpolate(logits[None], size, mode='bilinear', align_corners=False)[0]
-
-def _rules(c):
-    rules = {k: c[f'panoptic_{k}'] for k in ('score', 'overlap', 'area')}
-    return dict(rules, n_things=c['n_things'])
 
 # %% ../nbs/36_pixels.ipynb #window_rle
 def _window_rle(mask:np.ndarray, # bool [h, w]

@@ -129,10 +129,10 @@ def claims(rows:list[dict], fewshot:list[dict]=())->list[dict]: # {claim, verdic
 
 # %% ../nbs/85_report.ipynb #sentences
 _HEAD = (
-    'Percent. *ca*: class-agnostic. '
-    'A cell with two numbers reads *mapping of clusters to classes fitted on {n} labelled training images* / '
-    "*fitted on the evaluated images themselves* (the paper's protocol, which has seen the answers); "
-    'by majority vote, many clusters to one class.')
+    'Percent. *ca*: class-agnostic. A cell with two numbers reads *mapping of clusters to classes fitted on {n} '
+    'labelled training images* / *fitted on the evaluated images themselves* '
+    "(the paper's protocol, which has seen the answers); by majority vote, many clusters to one class. "
+    '*U2Seg by name*: clusters of one name decide together (`nbs/33_joined.ipynb`).')
 _NOTHING = (
     'No ground truth was given, so nothing is scored. '
     '`out/evaluate/pictures.jpg` and the figures beside it show what the model sees; '
@@ -147,7 +147,9 @@ _SEEDS = (
 _BEYOND = 'The same of U2Seg+, the recipe `plus` of the same pipeline (`nbs/84_plus.ipynb`):'
 _U2SEG_PLUS = (
     '`u2seg use plus && dvc repro` runs it; [nbs/84_plus.ipynb](nbs/84_plus.ipynb) tells what it changes, and what was '
-    'tried in vain. Margins as above.')
+    'tried in vain. Margins as above. *By name*: clusters of one name decide together '
+    '([nbs/33_joined.ipynb](nbs/33_joined.ipynb)); as an image then has at most one segment for each name of stuff, '
+    'the fair margin in PQ is that of *PQ, stuff merged*.')
 _ONE_TO_ONE = (
     'The same with a one-to-one assignment (Hungarian): '
     'it does not rise with the number of clusters by construction.')
@@ -158,8 +160,10 @@ _FEW = 'Fine-tuned on a part of the labels; mean over seeds ± half the spread.'
 
 # %% ../nbs/85_report.ipynb #with_plus
 PLUS = [('is better than U2Seg', 'U2Seg+', 'U2Seg', ['mask_AP50', 'PixelAcc', 'mIoU', 'PQ', 'PQ_merged']),
-        ('is better by name than U2Seg', 'U2Seg+ by name', 'U2Seg', ['mask_AP50', 'PixelAcc', 'mIoU', 'PQ', 'PQ_merged']),
-        ('is better by name than by cluster', 'U2Seg+ by name', 'U2Seg+', ['mask_AP50', 'PixelAcc', 'mIoU', 'PQ']),
+        ('is better by name than U2Seg', 'U2Seg+ by name', 'U2Seg',
+         ['mask_AP50', 'PixelAcc', 'mIoU', 'PQ', 'PQ_merged']),
+        ('is better by name than by cluster', 'U2Seg+ by name', 'U2Seg+',
+         ['mask_AP50', 'PixelAcc', 'mIoU', 'PQ_merged']),
         ('names objects better than CutLER+', 'U2Seg+', 'CutLER+', ['mask_AP50']),
         ('segments scenes better than STEGO', 'U2Seg+', 'STEGO', ['PixelAcc', 'mIoU']),
         ('beats its parts merged, CutLER+STEGO', 'U2Seg+', 'CutLER+STEGO', ['PQ'])]
@@ -171,7 +175,8 @@ def with_plus(seeds:list[dict], # rows of ablations/seeds.csv
     names = {'U2Seg': 'U2Seg+', 'U2Seg by name': 'U2Seg+ by name', 'u2seg': 'u2seg+'}
     of = lambda r: tuple(r.get(k) for k in ('seed', *HEAD))
     more = {of(r): r for r in select(plus, setting='U2Seg')}
-    rows = [more.get(of(r), {}) | r for r in seeds]
+    rows = [more.pop(of(r), {}) | r for r in seeds]
+    rows += [r for r in more.values() if r['method'] == 'U2Seg by name']
     rows += [dict(r, method=names[r['method']]) for r in select(plus, setting='U2Seg+') if r['method'] in names]
     splits = [*dict.fromkeys(r['split'] for r in rows)]
     return sorted(rows, key=lambda r: splits.index(r['split']))
