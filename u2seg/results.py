@@ -114,7 +114,7 @@ def score_cell(rows:list[dict], key:str)->str: # `rows`: of one method
 def results_table(rows:list[dict],      # of one split
                   *, matching:str='vote', # or 'hungarian' (one-to-one)
                   columns:dict[str, str]=COLUMNS)->str: # Markdown
-    "A line for each method; cells `fitted on training images / fitted on the evaluated images`."
+    "A line for each method that has this matching; cells `fitted on training images / fitted on the evaluated images`."
     lines = [['', *columns.values()]]
     rows = select(rows, matching=matching)
     for m in dict.fromkeys(r['method'] for r in rows):
