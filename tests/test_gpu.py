@@ -320,7 +320,7 @@ def run_inference():
         for amp in (None, torch.bfloat16):
             with torch.no_grad(), torch.autocast('cuda', amp, enabled=amp is not None):
                 found = model(on(images), sizes=[(60, 90), (96, 128)])
-                joined = join_clusters(np.arange(6) % 2, np.arange(model.config['n_stuff']) % 2, CUDA)
+                joined = join_clusters(np.arange(6) % 2, np.arange(model.config["n_stuff"]) % 2)
                 found += model(on(images), sizes=[(60, 90), (96, 128)], joined=joined)
             assert all(r['boxes'].is_cuda and r['masks'].is_cuda and len(r['boxes']) for r in found)
 

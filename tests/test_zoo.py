@@ -300,7 +300,7 @@ def test_the_command_line_lists_fetches_and_says_what_was_meant(server, tmp_path
     assert main(['download', 'cutler']) == 0 and (tmp_path / 'weights' / 'cutler_cascade_final.pth').is_file()
     assert 'CC BY-NC-SA 4.0' in capsys.readouterr().out
     (tmp_path / 'file').touch()
-    assert main(['download', 'cutler', '--out', 'file']) == 1 and 'file: is a file' in capsys.readouterr().err
+    assert main(['download', 'cutler-mrcnn', '--out', 'file']) == 1 and 'file: is a file' in capsys.readouterr().err
     assert main(['download', 'cutlr']) == 1 and 'did you mean cutler' in capsys.readouterr().err
     for argv, meant in ((['predit', 'a.png'], 'predict'), (['predict', 'a.png', '--divice', 'cpu'], '--device')):
         with pytest.raises(SystemExit):
