@@ -267,9 +267,21 @@ def vit_input():
     return torch.from_numpy(np.random.default_rng(1).standard_normal((2, 3, 96, 96), np.float32))
 
 
-@part(60, lambda: random_vit().keys(vit_input()))
+def keys_and_without_position():
+    from u2seg.position import fit_position, remove_position
+
+    keys = random_vit().keys(vit_input())
+    return keys, remove_position(keys, fit_position([keys]))
+
+
+@part(60, keys_and_without_position)
 def vit(want):
     "Keys of ViT-B/8, random weights."
+    from u2seg.position import fit_position, remove_position
+
+    want, placeless = want
+    keys = want.to(device())
+    yield 'keys without position: difference', error(remove_position(keys, fit_position([keys])), placeless), '<', 1e-4
     net, x = random_vit().to(device()), vit_input().to(device())
     yield 'difference, TF32 in convolutions', error(net.keys(x), want), '<', 2e-3
     with exact_convolutions():
@@ -304,6 +316,15 @@ def scene(n, h, w, n_things, n_stuff, n_labels=6):
     return images, targets
 
 
+def weighed(batch):
+    "The same batch with a weight for each label and for each pixel of stuff."
+    for i, t in enumerate(batch[1]):
+        rng = np.random.default_rng([4, i])
+        t['weight'] = torch.from_numpy(rng.uniform(0.2, 1.8, len(t['labels'])).astype(np.float32))
+        t['certainty'] = torch.from_numpy(rng.uniform(0.2, 1.8, t['sem'].shape).astype(np.float32))
+    return batch
+
+
 def losses_and_gradients(norm, where, proposals=None):
     """Losses, gradients and proposals; with the CPU's `proposals`, since two of nearly one score change places under
     rounding, and a loss that counts regions then jumps by a whole one."""
@@ -319,9 +340,11 @@ def losses_and_gradients(norm, where, proposals=None):
 
     rpn.top_proposals = take
     torch.manual_seed(0)
+    norm, *more = norm.split(', ')
     fpn_norm = '' if norm == 'FrozenBN' else norm
     net = build_model(dict(SMALL_NET, norm=norm, fpn_norm=fpn_norm, droploss=0.01)).to(where).train()
-    losses = net(*_to(torch.device(where), *scene(4, 128, 160, 24, 12)))
+    batch = scene(4, 128, 160, 24, 12)
+    losses = net(*_to(torch.device(where), *(weighed(batch) if more else batch)))
     rpn.top_proposals = top
     sum(losses.values()).backward()
     gradient = {n.split('.')[0]: 0.0 for n, _ in net.named_parameters()}
@@ -334,7 +357,7 @@ def losses_and_gradients(norm, where, proposals=None):
 
 def losses_reference():
     same_draws()
-    return {norm: losses_and_gradients(norm, 'cpu') for norm in ('SyncBN', 'GN', 'FrozenBN')}
+    return {norm: losses_and_gradients(norm, 'cpu') for norm in ('SyncBN', 'GN', 'FrozenBN', 'GN, weighed labels')}
 
 
 @part(45, losses_reference)
@@ -605,6 +628,39 @@ def stego(want):
     yield 'step, ms', (taken[1] - taken[0]) / (2 * n)
 
 
+def train_labellers(where, n_iters, dim, side, batch_size, n_classes, code_dim):
+    "Clusters of SmooSeg and of CAUSE on features of noise, and the concept book of the second."
+    from u2seg.cause import fit_cause
+    from u2seg.smooseg import fit_smooseg
+
+    rng = np.random.default_rng(0)
+    features = torch.from_numpy(rng.standard_normal((2 * batch_size, dim, side, side), np.float32)).to(where)
+    sizes = dict(n_classes=n_classes, code_dim=code_dim, batch_size=batch_size, n_iters=n_iters, dropout=0.1)
+    energy = dict(b_self=0.5, b_rand=0.7, temperature=0.1, decay=0.99, pointwise=True)
+    book = dict(n_concepts=64, positive=0.6, negative=0.2, decay=0.99, n_points=side // 2)
+    rates = dict(lr=0.002, lr_probe=0.005, seed=0)
+    with tempfile.TemporaryDirectory() as folder:
+        smooth = fit_smooseg(features, folder=Path(folder) / 'smooseg', **sizes, **energy, **rates)
+        conceptual = fit_cause(features, folder=Path(folder) / 'cause', **sizes, **book, **rates)
+    return {k: m.clusters.detach().cpu() for k, m in dict(smooseg=smooth, cause=conceptual).items()}
+
+
+SMALL_LABELLERS = dict(n_iters=30, dim=64, side=12, batch_size=8, n_classes=5, code_dim=16)
+
+
+@part(45, lambda: train_labellers('cpu', **SMALL_LABELLERS))
+def labellers(want):
+    "SmooSeg and CAUSE: 30 steps beside the CPU's; a step of both (batch 32, 768 x 28 x 28, 27 classes)."
+    with exact_convolutions():
+        found = train_labellers(device(), **SMALL_LABELLERS)
+    for name, clusters in want.items():
+        yield f'{name}: difference of the clusters', error(found[name], clusters), '<', 1e-2
+    n = 20 if not S['tiny'] else 2
+    large = dict(dim=S['dim'], side=28, n_classes=27, code_dim=90, batch_size=32 if n > 2 else 4)
+    taken = [ms(lambda: train_labellers(device(), n_iters=k * n, **large), 1, 1) for k in (1, 3)]
+    yield 'a step of each, ms', (taken[1] - taken[0]) / (2 * n)
+
+
 def random_labeller():
     from u2seg.labeller import Head, Labeller
 
@@ -647,6 +703,24 @@ def predictions(where):
     return [{k: getattr(p, k) for k in ('boxes', 'scores', 'categories', 'ids', 'semantic')} for p in found]
 
 
+def predictions_by_name(where):
+    "The same, decided by name; every eighth cluster has one name."
+    from u2seg.joined import join_clusters
+    from u2seg.predict import U2Seg, run_network
+    from u2seg.scenes import draw_scene
+
+    images = [draw_scene([7, i], ('objects', 'scenes')[i % 2])[0] for i in range(24)]
+    model = U2Seg.from_pretrained(S['model'], device=where).model.eval()
+    c = model.config
+    joined = join_clusters(np.arange(c['n_things']) % 8, np.arange(c['n_stuff']) % 5)
+    with torch.inference_mode():
+        found = run_network(model, images, short=c['min_size'], max_size=c['max_size'], joined=joined)
+    return [
+        dict(boxes=r['boxes'].cpu().numpy(), scores=r['scores'].cpu().numpy(), categories=r['labels'].cpu().numpy())
+        for r in found
+    ]
+
+
 def counterparts(found, want):
     "Fraction of the detections of `want` with one of equal category, IoU .95 and score to .01 in `found`."
     from u2seg.boxes import box_iou
@@ -659,18 +733,59 @@ def counterparts(found, want):
     return hits / sum(len(w['boxes']) for w in want)
 
 
-@part(45, lambda: predictions('cpu'))
+@part(45, lambda: (predictions('cpu'), predictions_by_name('cpu')))
 def predict(want):
     "U2Seg.predict with the trained embedded model."
     where = str(device())
+    want, named = want
     with exact_convolutions():
-        found = predictions(where)
+        found, found_named = predictions(where), predictions_by_name(where)
+    yield 'by name: detections of the CPU', sum(len(w['boxes']) for w in named)
+    yield '... of them found on the GPU', counterparts(found_named, named), '>', 0.99
     yield 'detections of the CPU', sum(len(w['boxes']) for w in want)
     yield 'of them found on the GPU', counterparts(found, want), '>', 0.99
     for k in 'semantic', 'ids':
         same = np.mean([(f[k] == w[k]).mean() for f, w in zip(found, want)])
         yield f'pixels of equal {k}', same, '>', 0.99
     yield 'detections found with TF32', counterparts(predictions(where), want), '>', 0.9
+
+
+def teach(where, views=None):
+    "What a teacher sees in drawn images: mean probabilities of stuff, and instances of all views."
+    from u2seg.predict import U2Seg
+    from u2seg.scenes import draw_scene
+    from u2seg.teacher import average_views, merge_views
+
+    images = [draw_scene([8, i], ('objects', 'scenes')[i % 2])[0] for i in range(8)]
+    seen = average_views(U2Seg.from_pretrained(S['model'], device=where).model.eval(), images)
+    return [(probs.half().cpu(), merge_views(found, 6)) for probs, found in seen]
+
+
+@part(45, lambda: teach('cpu'))
+def teacher(want):
+    "The teacher of self-training, six views an image: the trained embedded model, then R50 with 800 clusters."
+    from pycocotools import mask as rle
+    from u2seg.model import build_model
+    from u2seg.teacher import average_views
+
+    with exact_convolutions():
+        found = teach(str(device()))
+    yield 'difference of the probabilities', max(error(f, w) for (f, _), (w, _) in zip(found, want)), '<', 1e-2
+    n, hits = 0, 0
+    for (_, mine), (_, theirs) in zip(found, want):
+        for a in (a for a in theirs if a['score'] > 0.3):
+            near = [b for b in mine if b['category_id'] == a['category_id'] and abs(b['score'] - a['score']) < 0.02]
+            codes = [b['segmentation'] for b in near]
+            n += 1
+            hits += bool(codes) and rle.iou([a['segmentation']], codes, [0] * len(codes)).max() > 0.95
+    yield 'instances of the CPU above .3', n
+    yield '... of them found on the GPU', hits / max(n, 1), '>', 0.97
+    torch.manual_seed(0)
+    low = dict(score_threshold=0.0012, panoptic_score=0.0012)
+    config = SMALL_NET | low if S['tiny'] else dict(n_things=800, n_stuff=27) | low
+    net, many = build_model(config).to(device()).eval(), 4 if not S['tiny'] else 1
+    images = [x.permute(1, 2, 0).numpy() for x in scene(many, S['h'], S['w'], 24, 12)[0]]
+    yield 'six views of 100 detections each, ms an image', ms(lambda: average_views(net, images), 2, 1) / many
 
 
 @functools.cache
@@ -784,6 +899,59 @@ def pretrain(want):
         found = pretrain_log(device())
     for k in want[-1].keys() - {'step'}:
         yield f'{k}: difference', abs(found[-1][k] - want[-1][k]) / max(abs(want[-1][k]), 1e-6), '<', 1e-2
+
+
+STAGES = 'maskcut', 'cutler', 'cluster', 'stego', 'panoptic', 'train', 'evaluate', 'fewshot'
+SCORES = 'mask_AP50', 'PixelAcc', 'PQ'
+
+
+def copy_of_project(params):
+    "A folder in which the stages run: nothing of the working tree is written to."
+    folder = Path(tempfile.mkdtemp(prefix='pipeline'))
+    for name in 'nbs', 'configs', 'data', 'u2seg', 'ablations':
+        (folder / name).symlink_to(ROOT / name)
+    (folder / 'out' / 'features').mkdir(parents=True)
+    for f in (ROOT / 'out' / 'features').glob('*.safetensors'):
+        (folder / 'out' / 'features' / f.name).symlink_to(f)
+    (folder / 'params.yaml').write_text(yaml.safe_dump(params))
+    return folder
+
+
+@part(500)
+def pipeline():
+    "The stages of the embedded data one after another, `u2seg run STAGE`, and their scores beside the seeds of a CPU."
+    from u2seg.margins import mean_and_spread
+    from u2seg.recipes import overlay
+    from u2seg.results import flatten, read_rows, select
+    from u2seg.scenes import draw_dataset
+
+    params = yaml.safe_load((ROOT / 'params.yaml').read_text())
+    workers = {s: dict(n_workers=min(8, os.cpu_count() // 2)) for s in ('cutler', 'train', 'fewshot')}
+    changes = yaml.safe_load((ROOT / 'tests' / 'small.yaml').read_text()) if S['tiny'] else workers
+    folder = copy_of_project(overlay(params, changes))
+    if S['tiny']:
+        draw_dataset(folder / 'small', seed=1, n_train=20, n_val=6, kinds=('objects', 'scenes'), n_workers=2)
+    more = dict(PYTHONPATH=str(ROOT), U2SEG_THREADS=str(os.cpu_count()))
+    command, total = [sys.executable, '-c', 'from u2seg.cli import main; main()', 'run'], 0.0
+    for stage in STAGES:
+        start = time.perf_counter()
+        done = subprocess.run([*command, stage], cwd=folder, env=os.environ | more, capture_output=True, text=True)
+        took = time.perf_counter() - start
+        if done.returncode:
+            raise RuntimeError(f'{stage}: {done.stderr[-1500:]}')
+        total += took
+        yield f'{stage}, s', took
+    yield 'together, s', total
+    seeds = read_rows(ROOT / 'ablations' / 'seeds.csv')
+    found = flatten(json.loads((folder / 'out' / 'evaluate' / 'metrics.json').read_text())['splits'])
+    for split in dict.fromkeys(r['split'] for r in found):
+        for method in 'CutLER+', 'CutLER+STEGO', 'U2Seg', 'U2Seg by name':
+            want = dict(split=split, method=method, fitted_on='train', matching='vote')
+            for row in select(found, **want):
+                of_cpu = {k: mean_and_spread(select(seeds, **want), k) for k in SCORES}
+                beside = lambda x: f' ({100 * x[0]:.1f} ± {100 * x[1]:.1f})' if x else ''
+                cells = [f'{k} {100 * row[k]:.1f}{beside(of_cpu[k])}' for k in SCORES if row.get(k) is not None]
+                yield f'{method}, {split}', ', '.join(cells)
 
 
 @part(60)
