@@ -931,8 +931,9 @@ def pipeline():
     folder = copy_of_project(overlay(params, changes))
     if S['tiny']:
         draw_dataset(folder / 'small', seed=1, n_train=20, n_val=6, kinds=('objects', 'scenes'), n_workers=2)
-    more = dict(PYTHONPATH=str(ROOT), U2SEG_THREADS=str(os.cpu_count()))
-    command, total = [sys.executable, '-c', 'from u2seg.cli import main; main()', 'run'], 0.0
+    path = [str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])]
+    more = dict(PYTHONPATH=os.pathsep.join(path), U2SEG_THREADS=str(os.cpu_count()))
+    command, total = [sys.executable, '-c', 'import sys; from u2seg.cli import main; sys.exit(main())', 'run'], 0.0
     for stage in STAGES:
         start = time.perf_counter()
         done = subprocess.run([*command, stage], cwd=folder, env=os.environ | more, capture_output=True, text=True)
