@@ -24,8 +24,8 @@ def digest(path:str|Path)->str|None:
     path = Path(path)
     if path.is_file(): return hashlib.md5(path.read_bytes()).hexdigest()
     if not path.is_dir(): return None
-    names = sorted(p.relative_to(path).parts for p in path.rglob('*') if p.is_file())
-    rows = [dict(md5=digest(path.joinpath(*n)), relpath='/'.join(n)) for n in names]
+    names = sorted(p.relative_to(path).as_posix() for p in path.rglob('*') if p.is_file())
+    rows = [dict(md5=digest(path/n), relpath=n) for n in names]
     return hashlib.md5(json.dumps(rows, sort_keys=True).encode()).hexdigest() + '.dir'
 
 # %% ../nbs/88_published.ipynb #compared
