@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 # %% ../nbs/01_images.ipynb #read_image
@@ -29,8 +29,10 @@ def read_image(path:str|Path,  # any format that Pillow decodes
         with Image.open(path) as im:
             return np.array(to_rgb(im))
     except FileNotFoundError: raise ImageError(f'{path}: no such file') from None
-    except Exception as e:
-        raise ImageError(f'{path}: not a readable image ({type(e).__name__}: {str(e)[:100]})') from None
+    except UnidentifiedImageError:
+        why = 'no format that Pillow knows' if Path(path).stat().st_size else 'the file is empty'
+    except Exception as e: why = f'{type(e).__name__}: {str(e)[:100]}'
+    raise ImageError(f'{path}: not a readable image ({why})')
 
 # %% ../nbs/01_images.ipynb #to_rgb
 _TURNS = {2: 'FLIP_LEFT_RIGHT', 3: 'ROTATE_180', 4: 'FLIP_TOP_BOTTOM', 5: 'TRANSPOSE', # by EXIF's orientation
