@@ -242,7 +242,7 @@ _FEW_PLUS = (
     ' U2Seg+ is fine-tuned without DropLoss, the others with it. Its lead is not due to that, as far as one set of '
     'weights and five draws of the labels tell: without DropLoss '
     "U2Seg's mask AP changes by -1.7 points with 5% of the labels and -0.4 with 10% "
-    '(`benchmarks/results/few_labels.md`). U2Seg+ is here that of an earlier run of the same settings.')
+    '(`benchmarks/results/few_labels.md`).')
 
 def _fold(title, *parts): return '\n\n'.join([f'<details><summary>{title}</summary>', *parts, '</details>'])
 
