@@ -22,6 +22,7 @@ from u2seg.finetune import _scores, finetune
 from u2seg.folder import predict_folder
 from u2seg.images import write_json
 from u2seg.labels import read_labels
+from u2seg.masks import by_image, instances_json
 from u2seg.matching import file_hash
 from u2seg.predict import U2Seg
 
@@ -32,22 +33,20 @@ N_LABELLED, IOU, SCORE = 20, 0.5, 0.3
 
 def corrected(truth, predicted, names):
     "COCO instances of one category for some images, and how many of them are predictions that were kept."
+    found, objects = by_image(predicted), by_image(truth)
+    number = {im['file_name']: im['id'] for im in predicted['images']}
     images = [im for im in truth['images'] if im['file_name'] in names]
-    here = {im['file_name']: im['id'] for im in predicted['images']}
     annotations, n_kept = [], 0
     for im in images:
-        found = [a for a in predicted['annotations'] if a['image_id'] == here[im['file_name']] and a['score'] > SCORE]
-        codes = [a['segmentation'] for a in found]
-        for a in (a for a in truth['annotations'] if a['image_id'] == im['id'] and not a.get('iscrowd')):
+        codes = [a['segmentation'] for a in found[number[im['file_name']]] if a['score'] > SCORE]
+        for a in (a for a in objects[im['id']] if not a.get('iscrowd')):
             mask = a['segmentation']
             over = rle.iou(codes, [mask], [0])[:, 0] if codes else np.zeros(1)
             if over.max() >= IOU:
                 mask = codes[over.argmax()]
                 n_kept += 1
-            box, area = rle.toBbox(mask).tolist(), int(rle.area(mask))
-            named = dict(id=len(annotations) + 1, image_id=im['id'], category_id=1, iscrowd=0)
-            annotations.append(named | dict(segmentation=mask, bbox=box, area=area))
-    return dict(images=images, annotations=annotations, categories=[dict(id=1, name='object')]), n_kept
+            annotations.append(dict(image_id=im['id'], category_id=1, segmentation=mask))
+    return instances_json(images, annotations, [dict(id=1, name='object')]), n_kept
 
 
 def main(a):
