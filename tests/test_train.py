@@ -576,17 +576,15 @@ def test_the_average_is_the_average(data, tmp_path):
     assert torch.allclose(mean, model.body[0].weight, atol=1e-6)
 
 
-def test_precise_bn_is_the_mean_over_batches():
+def test_precise_bn_is_mean_and_variance_over_batches():
     torch.manual_seed(0)
-    bn, xs = nn.Sequential(nn.BatchNorm2d(3)), torch.randn(5, 4, 3, 6, 6) * 3 + 1
+    bn, xs = nn.Sequential(nn.BatchNorm2d(3)), torch.randn(5, 4, 3, 6, 6) * 3 + torch.arange(5.0).view(5, 1, 1, 1, 1)
     bn(torch.randn(8, 3, 6, 6) + 50)  # what was tracked before is forgotten
     feed = iter(xs)
     precise_bn(bn, lambda: bn(next(feed)), 5)
     assert torch.allclose(bn[0].running_mean, xs.mean((1, 3, 4)).mean(0), atol=1e-5)
-    assert (
-        torch.allclose(bn[0].running_var, xs.transpose(1, 2).flatten(2).var(2).mean(0), atol=1e-4)
-        and bn[0].momentum == 0.1
-    )
+    everything = xs.permute(2, 0, 1, 3, 4).flatten(1)
+    assert torch.allclose(bn[0].running_var, everything.var(1, unbiased=False), atol=1e-4) and bn[0].momentum == 0.1
     bn.eval()
     before = bn[0].running_mean.clone()
     precise_bn(bn, lambda: bn(xs[0] + 9), 1)
@@ -827,3 +825,19 @@ def test_progress_of_one_row_has_no_arrow():
     row = dict(iteration=7, loss=3.849)
     assert train.progress([row]) == 'loss 3.85 in 7 iterations'
     assert train.progress([dict(row, loss=9.0), row]) == 'loss 9.00 -> 3.85 in 7 iterations'
+
+
+def test_other_maps_are_other_labels(tmp_path):
+    "Equal instances and changed stuff: a checkpoint of the earlier maps is not gone on with."
+    images = [dict(id=1, file_name='1.png', height=8, width=8)]
+    write_png(tmp_path / '1.png', np.zeros((8, 8, 3), np.uint8))
+    net, solver, keys = (
+        nn.Linear(1, 1),
+        Solver(**{k: v for k, v in RECIPE.items() if k != 'log_every'}, batch_size=1),
+        [],
+    )
+    for value in (1, 2, 1):
+        write_png(tmp_path / 'stuff' / f'{1:012d}.png', np.full((8, 8), value, np.uint8))
+        data = PseudoLabels(tmp_path, instances_json(images, [], [dict(id=1, name='x')]), tmp_path / 'stuff')
+        keys.append(train._recipe(net, made(data, **VIEWS), solver, None))
+    assert keys[0] == keys[2] != keys[1]

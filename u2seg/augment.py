@@ -233,8 +233,8 @@ def _check(a):
     for name in ('flip', 'paste_rate'):
         if not 0 <= (value := getattr(a, name)) <= 1:
             raise ValueError(f'augment.{name} must lie in [0, 1], got {value}')
-    if len(a.colour_jitter) != 4:
-        raise ValueError(f'augment.colour_jitter must be four strengths, got {a.colour_jitter}')
+    if len(jitter := a.colour_jitter) != 4 or not all(0 <= v < 1 for v in jitter[:3]) or not 0 <= jitter[3] <= .5:
+        raise ValueError(f'augment.colour_jitter must be four strengths in [0, 1), the last in [0, .5], got {jitter}')
     if a.copy_paste not in PASTES:
         raise ValueError(f"augment.copy_paste must be one of {', '.join(map(repr, PASTES))}, got {a.copy_paste!r}")
     if len(scale := a.paste_scale) != 2 or not 0 < scale[0] <= scale[1]:

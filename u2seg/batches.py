@@ -6,11 +6,13 @@
 __all__ = ['CACHE', 'Cache', 'PseudoLabels', 'epoch_batches', 'Batches']
 
 # %% ../nbs/41_batches.ipynb #imports
+import os
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch.utils.data import Dataset
 
 from .agreement import label_weights
@@ -87,6 +89,21 @@ def _read_pixels(data, im)->tuple: # uint8 [3, H, W]; uint8 [H, W] or None: stuf
     image = torch.from_numpy(read_image(data.root/im['file_name']).transpose(2, 0, 1).copy())
     grey = lambda folder: torch.from_numpy(read_image(folder/f"{im['id']:012d}.png")[..., 0].copy())
     return image, *(folder and grey(folder) for folder in (data.stuff_dir, data.certainty_dir))
+
+# %% ../nbs/41_batches.ipynb #checksums
+@patch
+def checksums(self:PseudoLabels):
+    "What tells maps of stuff and certainty apart, bytes for each; a missing file has none."
+    for folder in filter(None, (self.stuff_dir, self.certainty_dir)):
+        for im in self.images:
+            file = folder/f"{im['id']:012d}.png"
+            yield b'%d ' % file.stat().st_size + _end(file) if file.is_file() else b'-'
+
+def _end(file): # of a PNG: Adler-32 of the pixels, CRC-32 of the chunk, and the empty last chunk
+    with open(file, 'rb') as f:
+        f.seek(-min(20, file.stat().st_size), os.SEEK_END)
+        return f.read()
+
 
 # %% ../nbs/41_batches.ipynb #epoch_batches
 def epoch_batches(sizes:list,      # (height, width) of each image

@@ -172,6 +172,7 @@ def _digest(model, batches, solver):
               data.images, data.rles)
     d = hashlib.sha256(repr(shapes).encode())
     for x in (*model.state_dict().values(), *data.labels): d.update(x.detach().cpu().contiguous().numpy().tobytes())
+    for maps in data.checksums(): d.update(maps)
     return d.hexdigest()[:12]
 
 def _registered(batches, name):

@@ -48,17 +48,30 @@ def clip_gradients(parameters:list[Tensor],
     return norm
 
 # %% ../nbs/43_optim.ipynb #precise_bn
+class _Moments:
+    "Mean and mean square of what a BatchNorm layer sees; a hook behind it, which takes its momentum to be 1."
+    def __init__(self, layer): self.n, self.mean, self.square = 0, 0*layer.running_mean, 0*layer.running_var
+
+    def __call__(self, layer, inputs, output):
+        biased = layer.running_var*(1 - inputs[0].shape[1]/inputs[0].numel())
+        self.n += 1
+        self.mean += (layer.running_mean - self.mean)/self.n
+        self.square += (layer.running_mean**2 + biased - self.square)/self.n
+
 @torch.no_grad()
 def precise_bn(model:nn.Module,
                feed:Callable,     # () -> runs the model once, in training mode, on a new batch
                n:int):
-    "Set the running statistics of BatchNorm layers to their mean over n batches."
+    "Set the running statistics of BatchNorm layers to mean and variance over n batches."
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    layers = [m for m in norms if m.track_running_stats and m.training]
+    layers = {m: _Moments(m) for m in norms if m.track_running_stats and m.training}
     if not layers or not n: return
-    momenta = [m.momentum for m in layers]
-    for m in layers:
-        m.reset_running_stats()
-        m.momentum = None                          # None: cumulative mean
+    hooks, momenta = [m.register_forward_hook(seen) for m, seen in layers.items()], [m.momentum for m in layers]
+    for m in layers: m.momentum = 1.
     for _ in range(n): feed()
-    for m, momentum in zip(layers, momenta): m.momentum = momentum
+    for (m, seen), momentum, hook in zip(layers.items(), momenta, hooks):
+        hook.remove()
+        m.momentum = momentum
+        if not seen.n: continue
+        m.running_mean.copy_(seen.mean)
+        m.running_var.copy_(seen.square - seen.mean**2)

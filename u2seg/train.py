@@ -236,6 +236,7 @@ def _recipe(model, batches, solver, amp):
     power = filter(None, [getattr(d, 'power', 0)])
     weights = (w.tolist() for w in getattr(d, 'weights', None) or ())
     for x in (*getattr(d, 'images', ()), *getattr(d, 'rles', ()), *power, *weights): digest.update(repr(x).encode())
+    for maps in getattr(d, 'checksums', tuple)(): digest.update(maps)
     return digest.hexdigest()
 
 # %% ../nbs/44_train.ipynb #fit
