@@ -1,6 +1,7 @@
 """Stages under bad parameters, and sharded work under kills, broken shards and several processes."""
 
 import json, os, random, re, signal, subprocess, sys, time
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -594,3 +595,27 @@ def test_a_stage_does_not_build_a_grammar_of_urls():
     "jsonschema would, where the package is installed; a notebook has no such field. Others may import it after us."
     code = "import sys, u2seg.stage; assert not {'lark', 'rfc3987_syntax'} & {*sys.modules}"
     subprocess.run([sys.executable, '-c', code], check=True)
+
+
+def test_a_job_that_fails_ends_the_others(tmp_path):
+    "Another one is at work, two wait."
+    done = [tmp_path / str(i) for i in range(3)]
+    jobs = [partial(exec, f'import time, pathlib; time.sleep(3); pathlib.Path({str(d)!r}).touch()') for d in done]
+    began = time.monotonic()
+    with pytest.raises(ZeroDivisionError):
+        shards.run_all([partial(divmod, 1, 0), *jobs], n_procs=2)
+    time.sleep(max(0, 5 - (time.monotonic() - began)))
+    assert not any(d.exists() for d in done)
+
+
+def test_shards_of_another_size_are_other_files(tmp_path):
+    items = [dict(id=i, file_name=f'{i}') for i in range(10)]
+    run = lambda n: sharded(items, lambda x: x['id'], lambda b: [dict(v=v) for v in b], tmp_path, key={}, shard_size=n)
+    for n in (4, 2, 3):
+        assert [r['v'] for r in run(n)[0]] == [*range(10)]
+
+
+def test_work_that_loses_a_record_says_so(tmp_path):
+    items = [dict(id=i, file_name=f'{i}') for i in range(2)]
+    with pytest.raises(RuntimeError, match='work gave 1 records for 2 items'):
+        sharded(items, lambda x: x['id'], lambda b: [dict(v=1)], tmp_path, key={})

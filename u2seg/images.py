@@ -153,7 +153,8 @@ def write_json(path:str|Path,
     write_atomic(path, json.dumps(obj, indent=indent, default=_plain).encode())
 
 def _plain(x): # a numpy number or array as JSON has it
-    return x.item() if hasattr(x, 'item') and x.size == 1 else x.tolist()
+    if hasattr(x, 'tolist'): return x.tolist()
+    raise TypeError(f'JSON cannot hold a {type(x).__name__}')
 
 def read_json(path:str|Path):
     "Read JSON; `ValueError` names a file that is missing or broken."

@@ -67,9 +67,10 @@ def _load_ahead(load, batches, pool):
 
 def _batch(loaded, work, bar): # entries of a batch
     good = [x for x, error in loaded if error is None]
-    records = iter(work(good) if good else [])
+    records = list(work(good)) if good else []
+    if len(records) != len(good): raise RuntimeError(f'work gave {len(records)} records for {len(good)} items')
+    records = iter(records)
     entries = [dict(record=next(records)) if error is None else dict(skipped=error) for _, error in loaded]
-    if next(records, None) is not None: raise RuntimeError(f'work gave more records than its {len(good)} items')
     bar.update(len(loaded))
     return entries
 
@@ -102,7 +103,8 @@ def sharded(items:list[dict], # each with a `file_name`
             )->tuple[list[dict], list[dict]]: # records in the items' order; skipped [{file_name, reason}]
     "Map `work` over `items`, shard by shard, resuming from what is finished; torchrun's workers share the shards."
     rank, world = _worker()
-    shards = _shards(Path(folder)/_digest(key, items), items, [_stamp(root, item) for item in items], shard_size)
+    folder = Path(folder)/_digest(key, items, shard_size)
+    shards = _shards(folder, items, [_stamp(root, item) for item in items], shard_size)
     mine = shards[rank::world]
     n_items = sum(len(part) for _, part, _ in mine)
     quiet = False if desc else None                     # None: only where there is no console
@@ -214,7 +216,7 @@ def run_all(jobs:list[Callable], # picklable
     with ProcessPoolExecutor(n, mp_context=get_context('spawn'), initializer=_begin_worker) as pool:
         try: return _collect([pool.submit(job).result for job in jobs], n_images, desc)
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            for p in list(pool._processes.values()): p.terminate()      # training writes its checkpoint then
             raise
 
 # %% ../nbs/05_shards.ipynb #run_shared
