@@ -110,11 +110,11 @@ def load_clusters(folder:str|Path)->Clusters:
     "Read what `save_clusters` wrote; `ValueError` names what is missing or does not fit."
     folder = Path(folder)
     recipe = read_json(folder/'clusters.json')
-    k, n_components = recipe.pop('k'), recipe.pop('pca')
     try:
+        k, n_components = recipe.pop('k'), recipe.pop('pca')
         centroids = np.load(folder/'centroids.npy')
         pca = dict(np.load(folder/'pca.npz'))
-    except (OSError, ValueError) as e: raise ValueError(f'{folder}: not a folder of clusters ({e})') from None
+    except Exception as e: raise ValueError(f'{folder}: not a folder of clusters ({type(e).__name__}: {e})') from None
     if len(centroids) != k or len(pca.get('components', ())) != n_components:
         raise ValueError(f'{folder}: clusters.json tells of {k} clusters, {n_components} components; the files differ')
     return Clusters(centroids, recipe, **pca)

@@ -47,6 +47,7 @@ def _yolo_files(root, entry): # images of a split: a folder, a list of paths, or
 
 def _yolo_line(line, size, n_classes): # class, ring
     values = [float(v) for v in line.split()]
+    if not values[0].is_integer(): raise ValueError(f'class {values[0]} is no whole number')
     index, corners = int(values[0]), np.array(values[1:])
     if not 0 <= index < n_classes: raise ValueError(f'class {index} is not one of {n_classes}')
     if not (np.abs(corners - .5) < 1).all(): raise ValueError('coordinates must be fractions of width and height')
@@ -224,6 +225,7 @@ def split_of(names:list[str], # file names
 # %% ../nbs/28_forms.ipynb #write_table
 def write_table(path:str|Path, rows:list[dict]): # rows with the same keys
     "Rows as CSV, atomically."
+    if not rows: raise ValueError(f'{path}: a table needs a row')
     text = io.StringIO(newline='')
     table = csv.DictWriter(text, list(rows[0]), lineterminator='\n')
     table.writeheader()
@@ -235,7 +237,7 @@ def flat_names(files:list[str])->list[str]:
     "A name for each file, without folder and suffix."
     taken = {}
     for f in files:
-        name = os.path.splitext(f)[0].lstrip('/').replace('/', '_')[:100]
+        name = os.fsencode(os.path.splitext(f)[0].lstrip('/').replace('/', '_'))[:100].decode(errors='ignore')
         if name in taken: name = f'{name}.{hashlib.sha256(f.encode()).hexdigest()[:8]}'
         taken[name] = f
     return [*taken]

@@ -79,6 +79,10 @@ def _assign_all(x, centroids, metric, sums=None):
     return labels, distances.clip(0)
 
 # %% ../nbs/50_kmeans.ipynb #nearest
+def _directions(centroids, metric): # float32; of unit length for 'cosine'
+    centroids = np.ascontiguousarray(centroids, np.float32)
+    return unit_rows(centroids) if metric == 'cosine' else centroids
+
 def nearest(x:np.ndarray,         # float [n, d]
             centroids:np.ndarray, # float32 [k, d]
             *, metric:str='euclidean', # or 'cosine'
@@ -90,7 +94,7 @@ def nearest(x:np.ndarray,         # float [n, d]
     if metric not in METRICS: raise ValueError(f'metric must be one of {", ".join(METRICS)}, got {metric!r}')
     if not len(x): return np.empty(0, np.int64), np.empty(0, np.float32)
     check_rows(x)
-    return _assign_all(x, np.ascontiguousarray(centroids, np.float32), metric)
+    return _assign_all(x, _directions(centroids, metric), metric)
 
 def assign(x:np.ndarray, centroids:np.ndarray, *, metric:str='euclidean', # as in `nearest`
            )->np.ndarray: # int64 [n]
@@ -181,7 +185,7 @@ def kmeans(x:np.ndarray,           # float [n, d]; may be a memory map
     if k > len(x): raise ValueError(f'k must lie in 1 ... {len(x)}, the number of rows, got {k}')
     if not by_name:
         if init.shape != (k, x.shape[1]): raise ValueError(f'init must be [{k}, {x.shape[1]}], got {list(init.shape)}')
-        return _lloyd(x, np.ascontiguousarray(init, np.float32), n_iters, metric)[:2]
+        return _lloyd(x, _directions(init, metric), n_iters, metric)[:2]
     firsts = (_initial(x, k, init, np.random.default_rng([seed, run]), metric) for run in range(n_init))
     runs = (_lloyd(x, first, n_iters, metric) for first in firsts)
     return min(runs, key=lambda run: run[2].sum(dtype=np.float64))[:2]

@@ -166,6 +166,8 @@ def by_image(coco:dict,         # a COCO instance file
 
 # %% ../nbs/02_masks.ipynb #mask_iou
 def mask_iou(a:list[dict], b:list[dict])->np.ndarray: # annotations of one image -> float [len(a), len(b)]
-    "IoU of masks, each with each."
+    "IoU of masks, each with each; `ValueError` unless they are of one size."
     if not a or not b: return np.zeros((len(a), len(b)))
+    sizes = {tuple(x['segmentation']['size']) for x in [*a, *b]}
+    if len(sizes) > 1: raise ValueError(f'masks of one image must have one size, got {sorted(sizes)}')
     return coco_mask.iou(*([x['segmentation'] for x in rows] for rows in (a, b)), [0]*len(b))

@@ -179,8 +179,10 @@ def merge_stuff(coco:dict,      # COCO panoptic: the truth or a prediction
         first, of = {}, {}
         for s in a['segments_info']:
             key = (s['category_id'], s.get('iscrowd', 0)) if s['category_id'] in stuff else s['id']
-            of[s['id']] = first.setdefault(key, dict(s, area=0))['id']
-            first[key]['area'] += s.get('area', 0)
+            if key not in first: first[key] = dict(s)
+            elif 'area' in s and 'area' in first[key]: first[key]['area'] += s['area']
+            else: first[key].pop('area', None)                     # not known: the map tells it
+            of[s['id']] = first[key]['id']
         annotations.append(dict(a, segments_info=[*first.values()]))
         new[a['file_name']] = of
     joined = coco.but(annotations=annotations) if hasattr(coco, 'but') else coco | dict(annotations=annotations)

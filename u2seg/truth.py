@@ -150,8 +150,9 @@ def _some(panoptic, path, split, n_images, seed):
     return panoptic.but(images=images, annotations=annotations, categories=categories)
 
 # %% ../nbs/72_truth.ipynb #read_truth
-def _called(root, split): # '.' after its folder, where nothing else is called so
+def _called(root, split): # '.' after its folder, where nothing else is called so; 'train' is that of mappings
     name = Path(os.path.abspath(root)).name
+    if Path(split) == Path('train'): return f'{name}/train'
     clear = Path(split) == Path('.') and name not in ('', 'train') and not Path(root, name).exists()
     return name if clear else split
 
