@@ -266,6 +266,17 @@ def test_images_stay_where_they_are(tmp_path):
         E.export(path, tmp_path / 'x', 'cvat', images=tmp_path / 'images', link=True)
 
 
+def test_images_that_are_about_to_be_added_move_no_path(tmp_path):
+    "A call that was stopped has noted images of another folder; the list is of those before."
+    file = write_source(tmp_path / 'photos', [((20, 20), [])])
+    coco = dict(read_json(file), info=dict(root=str(tmp_path / 'photos' / 'images')))
+    write_json(tmp_path / 'out' / 'instances.json', coco)
+    note = {str(tmp_path / 'photos' / 'images' / '1.png'): '1.png', str(tmp_path / 'other.png'): 'other.png'}
+    write_json(tmp_path / 'out' / '.work' / 'images.json', dict(images=note))
+    (image,) = read_predictions(tmp_path / 'out' / 'instances.json').images
+    assert image['path'] == str(tmp_path / 'photos' / 'images' / '1.png')
+
+
 def test_images_that_are_not_there_get_no_link(tmp_path):
     path = write_source(tmp_path, SOURCES['usual']())
     with pytest.raises(ValueError, match='images are not there, such as .*elsewhere.*; --images names their folder'):

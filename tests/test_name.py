@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from u2seg.gallery import Gallery, resume
+from u2seg.gallery import Gallery, resume, stuff_regions
 from u2seg.journal import Conflict, Journal, act, carry, read_csv, write_csv
 from u2seg.masks import encode_rle
 from u2seg.name import Naming, name_csv, serve
@@ -233,6 +233,37 @@ def test_a_file_edited_by_hand_is_taken_over(tmp_path):
     journal.close()
     (tmp_path / 'names.log').unlink()
     assert resume(tmp_path, gallery).names.names == {'1': 'duck'}
+
+
+def test_a_file_of_an_earlier_training_is_not_taken_for_an_edit(tmp_path):
+    gallery = make_gallery(tmp_path, clusters='first')
+    journal = resume(tmp_path, gallery)
+    journal.do(dict(do='name', labels=['1'], name='duck'))
+    journal.close()
+    older = (tmp_path / 'names.yaml').read_bytes()
+    turned = [dict(a, category_id={1: 2, 2: 1}.get(a['category_id'], a['category_id'])) for a in gallery.annotations]
+    other = replace(gallery, annotations=turned, names=Names(4, 2, clusters='second'))
+    journal = resume(tmp_path, other)
+    journal.close()
+    carried = journal.names.names
+    (tmp_path / 'names.yaml').write_bytes(older)  # git checkout names.yaml
+    with pytest.raises(ValueError, match='is of other clusters than names.log; delete it'):
+        resume(tmp_path, other)
+    (tmp_path / 'names.yaml').unlink()
+    assert resume(tmp_path, other).names.names == carried
+
+
+def test_the_same_regions_of_stuff_show_after_another_training(tmp_path):
+    images = [dict(id=i, file_name=f'photo_{i}.png') for i in range(1, 301)]
+    rng, chosen = np.random.default_rng(0), []
+    for changed in (0, 0.3):  # of the maps
+        for im in images:
+            label = int(rng.random() < changed)
+            Image.fromarray(np.full((4, 4), label, np.uint8)).save(tmp_path / f'{im["id"]:012d}.png')
+        found, sizes = stuff_regions(tmp_path, images, n_things=5, n_most=60)
+        chosen.append({a['image_id'] for a in found if a['category_id'] == 6})
+        assert len(chosen[-1]) == 60 < sizes['6']
+    assert len(chosen[0] & chosen[1]) > 30
 
 
 def test_names_without_their_log_follow_a_new_training_of_the_same_clusters(tmp_path):

@@ -111,20 +111,29 @@ def cut_image(image,                         # a path, PIL image, array or tenso
 # %% ../nbs/66_cut.ipynb #write_results
 def _write(out, item, image, annotations):
     write_png(out/'overlay'/item['name'], overlay_annotations(image, annotations))
-    write_json(record_file(out, item), dict(height=image.shape[0], width=image.shape[1], annotations=annotations))
+    size = dict(height=image.shape[0], width=image.shape[1])
+    write_json(record_file(out, item), dict(size, stamp=item['stamp'], annotations=annotations))
+
+def _record(out, item): # what became of an image; {}: not finished
+    try: return read_json(record_file(out, item))
+    except ValueError: return {}
+
+def _is_done(out, item):
+    r = _record(out, item)
+    return 'annotations' in r and r.get('stamp') == item['stamp'] and (out/'overlay'/item['name']).is_file()
 
 def _write_lists(out): # of all images that the folder knows
     known, images, annotations, skipped = known_items(out), [], [], []
     root = common_folder([item['file'] for item in known])
     for item in known:
-        try: r = read_json(record_file(out, item))
-        except ValueError: continue                                # not finished
+        if not (r := _record(out, item)): continue
         named = dict(id=item['id'], file_name=Path(item['file']).relative_to(root).as_posix())
         if 'skipped' in r: skipped.append(dict(file_name=named['file_name'], reason=r['skipped']))
         else:
             images.append(dict(named, width=r['width'], height=r['height']))
             annotations += r['annotations']
-    write_json(out/'instances.json', instances_json(images, annotations, [dict(id=1, name='fg')]))
+    coco = instances_json(images, annotations, [dict(id=1, name='fg')])
+    write_json(out/'instances.json', dict(info=dict(root=str(root)), **coco))
     write_json(out/'skipped.json', skipped)
 
 # %% ../nbs/66_cut.ipynb #cut_folder
@@ -143,14 +152,16 @@ def cut_folder(images:str|Path|list,         # files, folders, patterns
         with alone(out): claim(out, dict(weights=weights_digest(features), settings=options, names={}), files)
         items = [item for item in known_items(out) if item['file'] in now]
         items = [dict(item, file_name=os.path.relpath(item['file'], root)) for item in items]
-        listed = [dict(id=item['id'], file_name=item['file_name']) for item in items]
+        todo = [item for item in items if not _is_done(out, item)]
+        listed = [dict(id=item['id'], file_name=item['file_name']) for item in todo]
         coco, skipped = label_images(listed, features, **work, **options)
-        if not coco['images']:
+        if len(skipped) == len(items):
             raise ValueError(f"none of {len(items)} could be read; the first: {skipped[0]['reason']}")
         reasons, of_image = {s['file_name']: s['reason'] for s in skipped}, by_image(coco)
-        for item in items:
+        for item in todo:
             reason = reasons.get(item['file_name'])
             if reason: write_json(record_file(out, item), dict(skipped=reason))
             else: _write(out, item, read_image(item['file']), of_image[item['id']])
     with alone(out): _write_lists(out)
-    return dict(images=len(coco['images']), masks=len(coco['annotations']), skipped=len(skipped))
+    made = [r['annotations'] for item in items if 'annotations' in (r := _record(out, item))]
+    return dict(images=len(made), masks=sum(map(len, made)), skipped=len(skipped))

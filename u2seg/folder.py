@@ -42,6 +42,8 @@ def find_images(images:str|Path|list, # files, folders, patterns such as 'photos
     if not files: raise ValueError(f'no image outside of {without}, the folder of the results; name another for them')
     return files
 
+
+# %% ../nbs/63_folder.ipynb #files
 def _files(x)->list[str]: # of one file, folder or pattern
     path, files = Path(x), []
     if str(x) and path.is_dir(): files = _files_of_others(path)
@@ -52,6 +54,8 @@ def _files(x)->list[str]: # of one file, folder or pattern
     return files
 
 def _files_of_others(folder): # without results and ground truth
+    if (folder/'.work'/'images.json').is_file():
+        raise ValueError(f'{folder}: is a folder of results, not of photographs')
     warn_of_formats(folder)
     names = [im['file_name'] for im in list_images(folder, ['.'])]
     left_out = not_images(folder, names)
@@ -130,8 +134,9 @@ def _write_lists(out, model):
         instances += r['annotations']
         panoptic.append(dict(image_id=item['id'], file_name=item['name'], segments_info=r['segments_info']))
     things = [c for c in categories if c['isthing']]
-    write_json(out/'instances.json', instances_json(images, instances, things))
-    write_json(out/'panoptic.json', dict(images=images, categories=categories, annotations=panoptic))
+    info = dict(root=str(root))                                    # of the file names
+    write_json(out/'instances.json', dict(info=info, **instances_json(images, instances, things)))
+    write_json(out/'panoptic.json', dict(info=info, images=images, categories=categories, annotations=panoptic))
     write_json(out/'skipped.json', skipped)
 
 # %% ../nbs/63_folder.ipynb #predict_folder

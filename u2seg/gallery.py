@@ -20,6 +20,7 @@ from .coco import read_instances
 from .crops import crop_instances, embed_crops, embed_file, window
 from .device import own_device
 from .features import ViTFeatures, weights_digest
+from .forms import by_digest
 from .images import read_image, read_json
 from .journal import carry, Journal, LOG
 from .kmeans import kmeans
@@ -167,7 +168,9 @@ def stuff_regions(folder:str|Path, images:list[dict], # maps of stage stego; {id
         for c in np.flatnonzero(counts >= .02*labels.size).tolist():
             region = dict(image_id=im['id'], category_id=n_things + 1 + c, segmentation=encode_rle(labels == c))
             of.setdefault(c, []).append(region)
-    some = [of[c][i] for c in sorted(of) for i in _spaced(len(of[c]), n_most)]
+    names = {im['id']: im['file_name'] for im in images}
+    def chosen(rows): return [rows[i] for i in sorted(by_digest([names[r['image_id']] for r in rows])[:n_most])]
+    some = [r for c in sorted(of) for r in chosen(of[c])]
     return some, {str(n_things + 1 + c): len(rows) for c, rows in of.items()}
 
 def _spaced(n, most): return np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(int)).tolist() if n else []
@@ -258,6 +261,9 @@ def resume(folder:str|Path, gallery:Gallery)->Journal:
         names = _bound(by_hand, fresh) if by_hand else fresh    # names of these clusters, perhaps of another training
         journal.begin(names, gallery.some_of(names))
         return journal
+    if by_hand and by_hand.clusters not in ('', journal.names.clusters):
+        journal.close()
+        raise ValueError(f'{folder/NAMES}: is of other clusters than {LOG}; delete it, and it is written anew')
     if by_hand and _content(by_hand) != _content(journal.names):
         journal.do(dict(do='set', names=as_yaml(by_hand)))
     old = journal.names

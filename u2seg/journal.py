@@ -235,9 +235,11 @@ def write_csv(path:str|Path, names:Names, sizes:dict[str, int], examples:dict[st
         rows.writerow([l, kind, sizes.get(l, 0), names.names.get(l, ''), discard, ' '.join(examples.get(l, []))])
     write_atomic(path, out.getvalue().encode('utf-8-sig'))        # the mark tells spreadsheets that it is UTF-8
 
+
+# %% ../nbs/58_journal.ipynb #csv_read
 def read_csv(path:str|Path, names:Names)->Names:
     "The names with what the table says; clusters that it leaves out stay. `ValueError` names the row."
-    rows_of = {}
+    rows_of, rows = {}, []
     for i, row in _rows(path):
         label, name, discard = ((row.get(k) or '').strip() for k in ('cluster', 'name', 'discard'))
         if not label and not name: continue                       # spreadsheets leave empty rows
@@ -245,6 +247,13 @@ def read_csv(path:str|Path, names:Names)->Names:
             if discard.lower() not in ('', 'x'): raise ValueError(f'discard is {discard!r}, not x or empty')
             other, said = rows_of.setdefault(label, (i, (name, discard)))
             if said != (name, discard): raise ValueError(f'cluster {label} is in row {other} already')
+        except ValueError as e: raise ValueError(f'{path}: row {i}: {e}') from None
+        rows.append((i, label, name, discard))
+    return _take(replace(names, names={l: v for l, v in names.names.items() if l not in rows_of}), rows, path)
+
+def _take(names, rows, path):
+    for i, label, name, discard in rows:
+        try:
             names = act(names, dict(do='name', labels=[label], name=name or None))
             if discard: names = act(names, dict(do='discard', labels=[label]))
         except ValueError as e: raise ValueError(f'{path}: row {i}: {e}') from None

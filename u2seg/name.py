@@ -202,7 +202,10 @@ def _sheet(gallery, rows)->bytes: # label -> rows of instances; JPEG
     draw = ImageDraw.Draw(out)
     for y, (label, own) in enumerate(rows.items()):
         draw.text((6, 100*y + 40), label, fill='black', font_size=18)
-        for x, row in enumerate(own): out.paste(Image.open(io.BytesIO(gallery.crop(row, 96))), (60 + 100*x, 100*y))
+        for x, row in enumerate(own):
+            try: view = gallery.crop(row, 96)
+            except ValueError: continue                            # the image is gone
+            out.paste(Image.open(io.BytesIO(view)), (60 + 100*x, 100*y))
     data = io.BytesIO()
     out.save(data, 'JPEG', quality=80)
     return data.getvalue()

@@ -46,8 +46,9 @@ def _panoptic(folder): # image id -> (path, segments); the categories
     maps = {a['image_id']: (folder/'panoptic'/a['file_name'], a['segments_info']) for a in coco['annotations']}
     return maps, [{k: c[k] for k in ('id', 'name', 'isthing')} for c in coco['categories']]
 
-def _folder_of(source, images): # of the images
+def _folder_of(source, images, info): # of the images
     if images is not None: return Path(os.path.abspath(images))
+    if root := (info if isinstance(info, dict) else {}).get('root'): return Path(root)
     note = source.parent/'.work'/'images.json'
     if note.is_file(): return common_folder(read_json(note)['images'])
     if (run := _run_of(source.parent)) is None: return Path(os.path.abspath(source.parent))
@@ -81,7 +82,7 @@ def read_predictions(source:str|Path,           # a folder of `u2seg predict`, `
     names, embed = _run_names(source, categories) if source.is_dir() else (None, None)
     source = source/'instances.json' if source.is_dir() else source
     coco = read_instances(source)
-    root = _folder_of(source, images)
+    root = _folder_of(source, images, coco.get('info'))
     entries = [dict(im, path=os.path.abspath(root/im['file_name'])) for im in named(coco['images'], Source(source))]
     if not entries: raise ValueError(f'{source}: lists no image')
     for im in entries:
