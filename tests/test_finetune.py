@@ -167,3 +167,9 @@ def test_what_is_labelled_is_not_suggested():
         ValueError, match='not one of the 1 labelled images, such as sub/1.jpg, is among the predictions'
     ):
         suggest(coco, 2, labelled=['sub/1.jpg'])
+
+
+def test_other_images_held_out_are_another_run(data):
+    halves = [F._halves(data / 'labels.json', data, fraction)[:2] for fraction in (0.2, 0.5, 0.2)]
+    a, b, again = (F._digest(['weights'], *h) for h in halves)
+    assert a == again != b

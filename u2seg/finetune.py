@@ -139,11 +139,14 @@ def _rounds(model, root, train, val, p, folder, seed)->list[dict]:
     return rounds
 
 # %% ../nbs/99_finetune.ipynb #run
+def _digest(values, *truths): # of the values, and which images
+    values = [*values, *([im['file_name'] for im in t.images] for t in truths)]
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+
 def _run(train, p, *, val, root, config, file, folder, seed, device)->tuple[nn.Module, list[dict]]:
     model = _network(config, file, train, seed).to(device)
-    key = [asdict(p), seed, config['droploss'], file and file_hash(file), [im['file_name'] for im in train.images]]
-    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    return model, _rounds(model, root, train, val, p, folder/digest, seed)
+    name = _digest([asdict(p), seed, config['droploss'], file and file_hash(file)], train, val)
+    return model, _rounds(model, root, train, val, p, folder/name, seed)
 
 def _before(file, config, root, train, val, device, folder):
     "The scores of the clusters under their best names, voted for by at most 200 training images."
@@ -152,7 +155,7 @@ def _before(file, config, root, train, val, device, folder):
         load_weights(model, file)
         few = part_of(train, [i < 200 for i in range(len(train.images))])
         return _scores(model, root, val, _voted(model, root, few))
-    return _once(folder/f'before-{file_hash(file)[:16]}.json', measure)
+    return _once(folder/f'before-{_digest([file_hash(file)], train, val)}.json', measure)
 
 def _smallest(truth, sizes)->list: # a part of `truth` for each size below its own
     "The images whose names have the smallest digests."
@@ -193,6 +196,7 @@ def _save(model, truth, out, result):
     write_json(out/'mapping.json', dict(model=file_hash(out/'model.safetensors'), names=names))
     write_json(out/'finetune.json', result)
     save_figure(figure(result), out/'finetune.png')
+    return result
 
 # %% ../nbs/99_finetune.ipynb #finetune
 def finetune(labels:str|Path,           # see `read_labels`
@@ -215,12 +219,11 @@ def finetune(labels:str|Path,           # see `read_labels`
     before = {} if random else _before(file, config, root, train, val, device, folder)
     run = partial(_run, val=val, root=root, config=config | dict(droploss=droploss), file=None if random else file,
                   folder=folder, seed=seed, device=device)
-    smaller = _smallest(train, sizes)
-    tried = [run(part, plan(len(part.images), config['width'], lr=lr))[1] for part in smaller]
+    parts = _smallest(train, sizes)
+    sizes = [len(part.images) for part in parts]
+    plans = [plan(k, config['width'], n_iters=n_iters and max(4, round(n_iters*(k/n)**.5)), lr=lr) for k in sizes]
+    tried = [run(part, q)[1] for part, q in zip(parts, plans)]
     model, rounds = run(train, p)
-    sizes = [*(len(part.images) for part in smaller), n]
-    curve = [dict(n_train=k, **_best(r)) for k, r in zip(sizes, [*tried, rounds])]
-    result = dict(n_train=n, n_held_out=len(val.images), plan=asdict(p), before=before, rounds=rounds,
-                  after=_best(rounds), curve=curve)
-    _save(model, train, out, result)
-    return result
+    curve = [dict(n_train=k, **_best(r)) for k, r in zip([*sizes, n], [*tried, rounds])]
+    counts = dict(n_train=n, n_held_out=len(val.images), plan=asdict(p))
+    return _save(model, train, out, counts | dict(before=before, rounds=rounds, after=_best(rounds), curve=curve))
