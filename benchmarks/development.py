@@ -3,10 +3,10 @@
     python benchmarks/development.py NAME [KEY=VALUE ...] [--recipe plus] --work DIR [--trained out/train]
 
 Runs stage `train` and all before it with these settings (`dvc exp run` in a clone under DIR, so what is cached is not
-computed again), or takes a trained model (--trained). Scores it on 200 images of each kind drawn from seed 20117 under
-DIR/development, clusters named by vote on the training images that stage evaluate takes: what the model decides for
-clusters, and what it decides by name. Writes a line for each and each split to results/development.csv, in the place of
-those of the same name.
+computed again), or takes a trained model (--trained; settings are then of train.network, and change how it decides).
+Scores it on 200 images of each kind drawn from seed 20117 under DIR/development, clusters named by vote on the training
+images that stage evaluate takes: what the model decides for clusters, and what it decides by name. Writes a line for
+each and each split to results/development.csv, in the place of those of the same name.
 """
 
 import argparse
@@ -18,8 +18,10 @@ import yaml
 from selftrain import measure
 
 from u2seg import sweep
-from u2seg.baselines import read_network
+from u2seg.checkpoints import load_weights
+from u2seg.device import own_device
 from u2seg.evaluate import BY_NAME
+from u2seg.model import build_model, read_config
 from u2seg.results import select
 from u2seg.scenes import draw_dataset
 from u2seg.stage import load_params
@@ -50,16 +52,31 @@ def development_set(folder, n):
     return folder
 
 
-def run(a):
+def run(a, settings):
     "Train in a clone; the folder of the model."
     recipe = sweep._recipe(Path('configs'), a.recipe) if a.recipe else {}
-    settings = recipe | {k: yaml.safe_load(v) for k, v in (s.split('=', 1) for s in a.settings)}
+    settings = recipe | settings
     experiment = dict(name=f'development-{a.name}', set=settings, targets=['train'])
     sweep.check_experiments([experiment])
     clone = a.work / f'clone-{a.name}'
     sweep.make_clone(Path('.'), clone)
     sweep.run_experiment(experiment, Path('.'), clone)
     return clone / 'out' / 'train'
+
+
+def network(a):
+    "The model: of a run, or a trained one."
+    settings = {k: yaml.safe_load(v) for k, v in (s.split('=', 1) for s in a.settings)}
+    folder = a.trained or run(a, settings)
+    config = read_config(folder / 'model.yaml')
+    for k, v in settings.items() if a.trained else ():
+        section, _, name = k.rpartition('.')
+        if section != 'train.network' or name not in config:
+            raise ValueError(f'{k}: a trained model takes settings of train.network alone')
+        config[name] = v
+    net = build_model(config).to(own_device())
+    load_weights(net, folder / 'model.safetensors')
+    return net
 
 
 def write(path, name, settings, rows):
@@ -80,8 +97,7 @@ def main():
     a = arguments()
     torch.set_num_threads(1)
     a.labelled, a.labelled_images = development_set(a.work / 'development', a.n_images), None
-    trained = a.trained or run(a)
-    found = measure(read_network(trained), a, load_params(), a.work / f'scores-{a.name}', by_name=True)
+    found = measure(network(a), a, load_params(), a.work / f'scores-{a.name}', by_name=True)
     rows = select(found, fitted_on='train', matching='vote')
     settings = ' '.join(([f'recipe {a.recipe}'] if a.recipe else []) + a.settings)
     write(a.out, a.name, settings, rows)

@@ -56,13 +56,11 @@ def test_plain_paste_of_more_than_the_image_is_refused(stage):
 
 
 def test_each_source_of_randomness_has_a_seed_of_its_own():
-    "What `seeds` reseeds together, `variance` and `few_labels` reseed one by one."
-    together, alone, few = (
-        S.read_sweep(root / 'ablations' / 'sweeps.yaml', name) for name in ('seeds', 'variance', 'few_labels')
-    )
+    "What `seeds` reseeds together, `variance` reseeds one by one, but for the labels of few-shot learning."
+    together, alone = (S.read_sweep(root / 'ablations' / 'sweeps.yaml', name) for name in ('seeds', 'variance'))
     assert all(list(values.values()) == ['seed'] for values in alone['settings'].values())
     apart = {p for values in alone['settings'].values() for p in values}
-    assert {*together['seeds']} == apart | {*few['seeds']}
+    assert {*together['seeds']} == apart | {'fewshot.seeds'}
     seeded = {f'{stage}.seed' for stage in stages(root) if 'seed' in load_params(root)[stage]}
     assert seeded - {'features.seed'} == apart  # the features travel with the repository
 
@@ -72,7 +70,6 @@ def test_every_ablation_of_the_paper_is_there():
         'seeds',
         'plus',
         'variance',
-        'few_labels',
         'clusters',
         'tau_and_n',
         'crf',
@@ -258,3 +255,9 @@ def test_summaries_by_hand():
     assert '| a | 40.0 ± 14.1 |' in M.summary(rows, ['PQ'], method='U')
     assert '| b | 20.0 (1 of 2 seeds) |' in M.summary([*rows, dict(rows[0], setting='b', PQ=0.2)], ['PQ'], method='U')
     assert M.margin(rows[4:], dict(method='L'), dict(method='L'), 'PQ')['positive'] == 0  # equal is not above
+
+
+def test_a_folder_that_is_no_clone_is_refused(tmp_path):
+    (tmp_path / 'archive').mkdir()
+    with pytest.raises(ValueError, match='git clone failed, and a sweep needs a clone'):
+        S.make_clone(tmp_path / 'archive', tmp_path / 'clone')

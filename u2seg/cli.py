@@ -71,7 +71,7 @@ def times():
     print(times_table())
 
 # %% ../nbs/95_cli.ipynb #sweep
-def sweep(name:str, jobs:int=1, seeds:tuple[int]=(0, 1, 2), print_only:bool=False):
+def sweep(name:str, jobs:int=1, seeds:tuple[int]=(), print_only:bool=False):
     "Run an ablation of ablations/sweeps.yaml with several seeds; writes ablations/NAME.csv."
     from u2seg import sweep as S
     from u2seg.stage import load_params
@@ -155,7 +155,7 @@ def _pipeline_verbs(verb):
     v = verb(sweep)
     v.add_argument('name', help='of the sweep; any other name lists them')
     v.add_argument('--jobs', type=int, default=1, help='experiments at a time (default: 1)')
-    v.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2], help='(default: 0 1 2)')
+    v.add_argument('--seeds', type=int, nargs='+', default=(), help='(default: 0 1 2, or as many as the sweep has)')
     v.add_argument('--print', action='store_true', dest='print_only', help='print the dvc exp run commands instead')
 
 # %% ../nbs/95_cli.ipynb #image_verbs

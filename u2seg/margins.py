@@ -23,6 +23,8 @@ def mean_and_spread(rows:list[dict], key:str)->tuple[float, float, int]|None: # 
     return float(np.mean(means)), float(np.std(means, ddof=1)) if len(means) > 1 else 0., len(means)
 
 # %% ../nbs/79_margins.ipynb #summary
+def _titles(keys): return [COLUMNS.get(k, k) for k in keys]
+
 def _spread_cell(x, n_seeds):
     "Mean ± std, in percent; without a std if one seed has a value, and with their number if not all have."
     if x is None: return ''
@@ -35,7 +37,7 @@ def summary(rows:list[dict], keys:list[str], *, by:str='setting', **want)->str: 
     "A line for each setting, or each value of another column: mean and std over the seeds, in percent."
     rows = select(rows, **want)
     n_seeds = len({r['seed'] for r in rows})
-    lines = [['', *keys]]
+    lines = [['', *_titles(keys)]]
     for value in dict.fromkeys(r[by] for r in rows):
         of_value = select(rows, **{by: value})
         lines.append([value, *(_spread_cell(mean_and_spread(of_value, k), n_seeds) for k in keys)])
@@ -65,7 +67,7 @@ def differences(rows:list[dict], keys:list[str], **want)->str: # Markdown; `want
     def cell(m):
         if m is None: return ''
         return _signed(m['mean']) + (f" ({_signed(m['least'])} to {_signed(m['most'])})" if m['n'] > 1 else '')
-    lines = [[f'minus *{first}*', *keys]]
+    lines = [[f'minus *{first}*', *_titles(keys)]]
     for s in others: lines.append([s, *(cell(margin(rows, dict(setting=s), dict(setting=first), k)) for k in keys)])
     return markdown(lines)
 
@@ -84,7 +86,7 @@ def figure(rows:list[dict], keys:list[str], **want)->Picture:
             if not scores: continue
             ax.plot(scores, [y]*len(scores), 'o', ms=4, alpha=.6, color='C0')
             ax.plot([np.mean(scores)]*2, [y - .3, y + .3], '-', color='C1')
-        ax.set_title(k, fontsize=8)
+        ax.set_title(COLUMNS.get(k, k), fontsize=8)
         ax.tick_params(labelsize=7)
         ax.set_ylim(len(names) - .5, -.5)
     axes[0].set_yticks(range(len(names)), names)
@@ -104,7 +106,7 @@ def margins_table(rows:list[dict],
     def add(claim, where, key, a, b, **want):
         m = margin(select(rows, **want), dict(method=a), dict(method=b), key)
         if m is None: return
-        lines.append([claim, where, key, _signed_spread(m), _signed(m['least']), _signed(m['most']),
+        lines.append([claim, where, COLUMNS[key], _signed_spread(m), _signed(m['least']), _signed(m['most']),
                       f"{m['positive']} of {m['n']}"])
     for split in dict.fromkeys(r['split'] for r in select(rows, matching='vote')):
         for words, a, b, keys in claims:

@@ -109,7 +109,7 @@ CLAIMS = [('names objects better than CutLER+', 'U2Seg', 'CutLER+', ['box_AP50',
           ('finds and names more objects than CutLER+', 'U2Seg', 'CutLER+', ['box_AR100', 'mask_AR100']),
           ('segments scenes better than STEGO', 'U2Seg', 'STEGO', ['PixelAcc', 'mIoU']),
           ('beats its parts merged, CutLER+STEGO', 'U2Seg', 'CutLER+STEGO', ['PQ']),
-          ('is better than the labels it started from', 'U2Seg', 'MaskCut + clusters', ['mask_AP50', 'PixelAcc', 'PQ'])]
+          ('beats the masks that it starts from', 'U2Seg', 'MaskCut + clusters', ['mask_AP50', 'PixelAcc', 'PQ'])]
 _PROTOCOLS = dict(train='mapping from training images', val="mapping from the evaluated images, the paper's")
 
 def claims(rows:list[dict], fewshot:list[dict]=())->list[dict]: # {claim, verdict, figures}
@@ -129,14 +129,21 @@ def claims(rows:list[dict], fewshot:list[dict]=())->list[dict]: # {claim, verdic
 
 # %% ../nbs/85_report.ipynb #sentences
 _HEAD = (
-    'Percent. *ca*: class-agnostic. A cell with two numbers reads *mapping of clusters to classes fitted on {n} '
-    'labelled training images* / *fitted on the evaluated images themselves* '
-    "(the paper's protocol, which has seen the answers); by majority vote, many clusters to one class. "
+    'Percent. *ca*: class-agnostic. {fitted}; by majority vote, many clusters to one class. '
     '*U2Seg by name*: clusters of one name decide together (`nbs/33_joined.ipynb`).')
+_FITTED = (
+    'A cell with two numbers reads *mapping of clusters to classes fitted on {n} labelled training images* / '
+    "*fitted on the evaluated images themselves* (the paper's protocol, which has seen the answers)")
+_FITTED_THERE = (
+    'The mapping of clusters to classes is fitted on the evaluated images themselves '
+    "(the paper's protocol, which has seen the answers)")
 _NOTHING = (
     'No ground truth was given, so nothing is scored. '
     '`out/evaluate/pictures.jpg` and the figures beside it show what the model sees; '
     '`u2seg predict` writes it for any image.')
+
+
+# %% ../nbs/85_report.ipynb #seeds-sentences
 _BESIDE = (
     'This run, and in brackets mean ± standard deviation over {n} seeds of the committed parameters. '
     '**Bold**: more than {n_std:g} deviations from that mean. {naming}')
@@ -160,7 +167,9 @@ _FEW = 'Fine-tuned on a part of the labels; mean over seeds ± half the spread.'
 
 # %% ../nbs/85_report.ipynb #with_plus
 PLUS = [('is better than U2Seg', 'U2Seg+', 'U2Seg', ['mask_AP50', 'PixelAcc', 'mIoU', 'PQ', 'PQ_merged']),
-        ('is better by name than U2Seg', 'U2Seg+ by name', 'U2Seg',
+        ('is better than U2Seg, both by name', 'U2Seg+ by name', 'U2Seg by name',
+         ['mask_AP50', 'PixelAcc', 'mIoU', 'PQ']),
+        ('by name is better than U2Seg by cluster', 'U2Seg+ by name', 'U2Seg',
          ['mask_AP50', 'PixelAcc', 'mIoU', 'PQ', 'PQ_merged']),
         ('is better by name than by cluster', 'U2Seg+ by name', 'U2Seg+',
          ['mask_AP50', 'PixelAcc', 'mIoU', 'PQ_merged']),
@@ -169,18 +178,14 @@ PLUS = [('is better than U2Seg', 'U2Seg+', 'U2Seg', ['mask_AP50', 'PixelAcc', 'm
         ('beats its parts merged, CutLER+STEGO', 'U2Seg+', 'CutLER+STEGO', ['PQ'])]
 
 def with_plus(seeds:list[dict], # rows of ablations/seeds.csv
-              plus:list[dict],  # of ablations/plus.csv, its settings U2Seg and U2Seg+
+              plus:list[dict],  # of ablations/plus.csv
               )->list[dict]:
-    "Both, split by split: U2Seg, with the scores that only the second has; the other as U2Seg+, few labels as u2seg+."
+    "Both, split by split; of the second only its setting U2Seg+, so called, and its few labels as u2seg+."
     names = {'U2Seg': 'U2Seg+', 'U2Seg by name': 'U2Seg+ by name', 'u2seg': 'u2seg+'}
-    of = lambda r: tuple(r.get(k) for k in ('seed', *HEAD))
-    more = {of(r): r for r in select(plus, setting='U2Seg')}
-    rows = [more.pop(of(r), {}) | r for r in seeds]
-    rows += [r for r in more.values() if r['method'] == 'U2Seg by name']
-    rows += [dict(r, method=names[r['method']]) for r in select(plus, setting='U2Seg+') if r['method'] in names]
+    added = [r for r in select(plus, setting='U2Seg+') if r['method'] in names]
+    rows = [*seeds, *(dict(r, method=names[r['method']]) for r in added)]
     splits = [*dict.fromkeys(r['split'] for r in rows)]
     return sorted(rows, key=lambda r: splits.index(r['split']))
-
 
 # %% ../nbs/85_report.ipynb #seeds_parts
 SHORT = {k: COLUMNS[k] for k in ('agnostic_mask_AP50', 'box_AP50', 'mask_AP50', 'mask_AP', 'PixelAcc', 'mIoU', 'PQ')}
@@ -224,7 +229,8 @@ def report(metrics:dict,          # of the stage evaluate
     splits = {s: select(rows, split=s) for s in metrics['splits']}
     decided, swept = claims(rows, fewshot), _comparable(_run_rows(metrics, fewshot), seeds)
     named = {k: v for k, v in COLUMNS.items() if not k.startswith('agnostic')}
-    parts = ['# Results', _HEAD.format(n=metrics['n_fit_images']) if splits else _NOTHING]
+    fitted = _FITTED.format(n=n) if (n := metrics['n_fit_images']) else _FITTED_THERE
+    parts = ['# Results', _HEAD.format(fitted=fitted) if splits else _NOTHING]
     for s, r in splits.items(): parts += [f'## {s}', results_table(r)]
     if fewshot and splits: parts += ['## Few labels', _FEW, fewshot_table(fewshot)]
     if decided: parts += ['## The claims', markdown([['claim', 'here', 'figures'], *([*c.values()] for c in decided)])]

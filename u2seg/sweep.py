@@ -25,14 +25,14 @@ from .results import COLUMNS, HEAD, few_rows, flatten, read_rows, select, write_
 from .stage import SHARED, declared, load_params, read_yaml, run_check, stage_notebook, stage_values, stages
 
 # %% ../nbs/82_sweep.ipynb #read_sweep
-KEYS = 'question', 'seeds', 'targets', 'methods', 'base', 'settings'
+KEYS = 'question', 'seeds', 'n_seeds', 'targets', 'methods', 'base', 'settings'
 
 def read_sweep(path:str|Path, # of sweeps.yaml
-               name:str)->dict: # question, seeds, targets, methods, base, settings
+               name:str)->dict: # KEYS
     "One sweep; `ValueError` if there is none of this name, or a part of it is missing or unknown."
     sweeps = yaml.safe_load(Path(path).read_text())
     if name not in sweeps: raise ValueError(f'no sweep {name!r}; the sweeps are {", ".join(sweeps)}')
-    sweep = dict(base={}) | sweeps[name]
+    sweep = dict(base={}, n_seeds=3) | sweeps[name]
     if set(sweep) != set(KEYS):
         raise ValueError(f'{path}: {name} must have {", ".join(KEYS)}, got {", ".join(sweeps[name])}')
     configs = Path(path).parents[1]/'configs'
@@ -62,7 +62,8 @@ def _get(params, name):
 
 def experiments(name:str, sweep:dict,  # of `read_sweep`
                 params:dict,           # of params.yaml
-                *, seeds:list[int])->list[dict]: # {name, setting, seed, set: {parameter: value}, targets}
+                *, seeds:list[int]=(), # those of the sweep unless named
+                )->list[dict]:         # {name, setting, seed, set: {parameter: value}, targets}
     "One experiment for each seed and setting."
     def one(setting, values, seed):
         seeded = [*sweep['seeds'], *(p for p, v in values.items() if v == 'seed')]
@@ -71,6 +72,7 @@ def experiments(name:str, sweep:dict,  # of `read_sweep`
         short = ''.join(c if c.isalnum() else '-' for c in words)
         changes = sweep['base'] | values | seeded
         return dict(name=short, setting=setting, seed=seed, set=changes, targets=sweep['targets'])
+    seeds = seeds or range(sweep['n_seeds'])
     return [one(setting, values, seed) for seed in seeds for setting, values in sweep['settings'].items()]
 
 def command(experiment:dict)->list[str]:
@@ -165,7 +167,10 @@ def _environment(clone):
     return os.environ | {'PATH': path, 'PYTHONPATH': str(clone.resolve()), 'DVC_NO_ANALYTICS': '1'}
 
 def _git(folder, *args, **options):
-    return subprocess.run(['git', *args], cwd=folder, check=True, capture_output=True, **options).stdout
+    done = subprocess.run(['git', *args], cwd=folder, capture_output=True, **options)
+    if not done.returncode: return done.stdout
+    said = done.stderr if isinstance(done.stderr, str) else done.stderr.decode(errors='replace')
+    raise ValueError(f'git {args[0]} failed, and a sweep needs a clone of the repository: {said.strip()}')
 
 def _dvc(clone, *args, **options):
     options = dict(cwd=clone, env=_environment(clone)) | options
@@ -213,7 +218,7 @@ def run_experiment(experiment:dict, # of `experiments`
     return result
 
 # %% ../nbs/82_sweep.ipynb #run_sweep
-def run_sweep(name:str, *, root:str|Path='.', seeds:list[int], n_jobs:int)->list[str]: # what failed
+def run_sweep(name:str, *, root:str|Path='.', seeds:list[int]=(), n_jobs:int=1)->list[str]: # what failed
     "Run a sweep, `n_jobs` experiments at a time; `ablations/<name>.csv` grows with each."
     root = Path(root)
     sweep = read_sweep(root/'ablations'/'sweeps.yaml', name)
