@@ -348,7 +348,7 @@ def test_predict_says_which_model_speaks_and_warns_of_photographs(server, tmp_pa
         assert main(['predict', name, '--out', f'out-{name}', '--device', 'cpu']) == 0
         got = capsys.readouterr()
         first = got.out.split('\n')[0]
-        assert first.startswith('embedded: ') and '2,400 drawn images' in first and '--weights u2seg-800' in first
+        assert first.startswith('embedded: ') and '2,000 drawn images' in first and '--weights u2seg-800' in first
         assert ('photo.png has 400 x 300 pixels; the embedded model has only seen' in got.err) == warned
 
 

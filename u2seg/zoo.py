@@ -58,7 +58,7 @@ _RN50 = 'dino_RN50_pretrain_d2_format.pkl'
 
 WEIGHTS = {
     'embedded': dict(kind='model', what='U2Seg, 32 clusters and 14 stuff, of this repository: small ResNet',
-                     licence='Apache-2.0', start='random', images='2,400 drawn images of 128 x 128 pixels',
+                     licence='Apache-2.0', start='random', images='2,000 drawn images of 128 x 128 pixels',
                      labels='none; 200 labelled images name its clusters', file='model.safetensors'),
     'u2seg-800': _u2seg(800),
     'u2seg-300': _u2seg(300),
@@ -73,8 +73,8 @@ WEIGHTS = {
     'dino-rn50': _dino('ResNet-50', 'dino_resnet50_pretrain/dino_resnet50_pretrain.pth'),
     'cutler-dino-rn50': _DINO | dict(what="DINO ResNet-50 in detectron2's names", file=_RN50,
                                      url=f'http://{_FB}/cutler/checkpoints/{_RN50}'),
-    'u2seg-dino-rn50': _DINO | dict(what='the same, as U2Seg offers it', file=_RN50,
-                                    drive='1UtRUgUQK20KS8MGebCWgLPHxrez7mfV4'),
+    'u2seg-dino-rn50': _DINO | dict(what="DINO ResNet-50 in detectron2's names, as U2Seg offers it",
+                                    file=f'u2seg_{_RN50}', drive='1UtRUgUQK20KS8MGebCWgLPHxrez7mfV4'),
     'stego': _stego('COCO-Stuff-27', 'cocostuff27_vit_base_5.ckpt', 'COCO-Stuff, train'),
     'stego-cityscapes': _stego('Cityscapes', 'cityscapes_vit_base_1.ckpt', 'Cityscapes, train'),
     'stego-potsdam': _stego('Potsdam-3', 'potsdam_test.ckpt', 'Potsdam', start='DINO, which ViT is not stated')}
