@@ -70,7 +70,7 @@ def load_weights(model:nn.Module,
                  path:str|Path, # a file of `find_weights`: names of this project, detectron2 or torchvision
                  *, without:tuple[str, ...]=(), # parts of names that start anew in any case
                  )->Loaded:
-    "Load what fits from a checkpoint in any wrapper; `ValueError` if nothing does."
+    "Load the matching weights of a checkpoint in any wrapper; `ValueError` if none match."
     own = model.state_dict()
     weights = find_weights(path, lambda name: rename(name) in own)
     state = rename_weights(weights.state)

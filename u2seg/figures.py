@@ -188,7 +188,7 @@ def _labelled(view, options):
     pq = {m: class_pq(view.predictions[split][m], truth, view.mapping(m, split)) for m in view.methods.values()}
     used, pure = int((votes.sum(1) > 0).sum()), votes.max(1).sum()/max(votes.sum(), 1)
     text = (f'{used} of {len(votes)} clusters have votes; '
-            f'{pure:.0%} of the votes are for the class that their cluster gets')
+            f'{pure:.0%} of the votes are for the most frequent class of their cluster')
     scores = {s: image_pq(view.predictions[s]['U2Seg'], t, view.mapping('U2Seg', s)) for s, t in view.truths.items()}
     figs = dict(matching=votes_figure(votes, [truth.names[c] for c in truth.things]), classes=class_figure(pq))
     return Summary(figs, text, {s: lowest(view.images[s], scores[s]) for s in view.truths})

@@ -71,7 +71,7 @@ def _rank(e, r, total, rank):
             ra[x] += 6*wrap
 
 # %% ../nbs/20_lattice.ipynb #corners
-_SCALE = 6*math.sqrt(2/3)/np.sqrt([1*2, 2*3, 3*4, 4*5, 5*6])     # a blur over one lattice step then has unit std
+_SCALE = 6*math.sqrt(2/3)/np.sqrt([1*2, 2*3, 3*4, 4*5, 5*6])     # splat, blur and slice together have unit std
 
 def _scale(sxy, srgb): return (_SCALE/[sxy, sxy, srgb, srgb, srgb]).astype(np.float32)
 

@@ -144,7 +144,7 @@ class _OnGPU(torch.autograd.Function):
     def forward(ctx, boxes, image, level, scales, size, ratio, *features):
         from torchvision.ops import roi_align                      # a second of import
         half = torch.get_autocast_dtype('cuda') if torch.is_autocast_enabled('cuda') else features[0].dtype
-        wide = torch.promote_types(features[0].dtype, torch.float) # in half precision a corner would be off by pixels
+        wide = torch.promote_types(features[0].dtype, torch.float) # in half precision a corner would be off by a pixel
         rois = torch.cat([image[:, None].to(wide), boxes.to(wide)], 1)
         ctx.parts, ctx.options = list(zip(members(level, len(scales)), scales)), (ratio, True)
         ctx.rois, ctx.like = rois, [(x.shape, x.dtype) for x in features]
