@@ -153,7 +153,9 @@ def toy(tmp_path):
     return repo
 
 
-def test_a_sweep_runs_beside_the_workspace(toy, capsys):
+def test_a_sweep_runs_beside_the_workspace(toy, capsys, monkeypatch):
+    monkeypatch.setenv('U2SEG_THREADS', '1')
+    monkeypatch.delenv('U2SEG_ARITHMETIC', raising=False)
     (toy / 'params.yaml').write_text((toy / 'params.yaml').read_text() + '# my own remark, not committed\n')
     sh('dvc', 'cache', 'dir', '--local', '../cache', cwd=toy)  # a cache that others share
     before = (
@@ -162,6 +164,8 @@ def test_a_sweep_runs_beside_the_workspace(toy, capsys):
         sh('git', 'stash', 'list', cwd=toy),
     )
     failed = S.run_sweep('gains', root=toy, seeds=[0, 1], n_jobs=2)
+    said = capsys.readouterr().out
+    assert 'U2SEG_THREADS=1: other last bits' in said and 'U2SEG_ARITHMETIC' not in said
     assert len(failed) == 2 and all('gains-fails-s' in f and Path(f.split('see ')[1]).read_text() for f in failed)
     rows = read_rows(toy / 'ablations' / 'gains.csv')
     assert [(r['setting'], r['seed'], r['method'], r['PQ']) for r in rows] == [

@@ -225,6 +225,8 @@ def run_sweep(name:str, *, root:str|Path='.', seeds:list[int]=(), n_jobs:int=1)-
     if n_jobs < 1: raise ValueError(f'--jobs must be at least 1, got {n_jobs}')
     todo = experiments(name, sweep, load_params(root), seeds=seeds)
     check_experiments(todo, root)
+    for v in ('U2SEG_THREADS', 'U2SEG_ARITHMETIC'):
+        if v in os.environ: print(f'{v}={os.environ[v]}: other last bits, so other scores than those of the default')
     work = root/'out'/'.work'/'sweep'/name
     results, failed, clones = {}, [], SimpleQueue()
     for i in range(min(n_jobs, len(todo))):
