@@ -841,3 +841,16 @@ def test_other_maps_are_other_labels(tmp_path):
         data = PseudoLabels(tmp_path, instances_json(images, [], [dict(id=1, name='x')]), tmp_path / 'stuff')
         keys.append(train._recipe(net, made(data, **VIEWS), solver, None))
     assert keys[0] == keys[2] != keys[1]
+
+
+def test_another_network_is_another_run(tmp_path):
+    "Settings that change no weight: a checkpoint of the earlier ones is not gone on with."
+    images = [dict(id=1, file_name='1.png', height=8, width=8)]
+    data = made(PseudoLabels(tmp_path, instances_json(images, [], [dict(id=1, name='x')])), **VIEWS)
+    solver = Solver(**{k: v for k, v in RECIPE.items() if k != 'log_every'}, batch_size=1)
+    small = dict(depth=18, width=16, n_blocks=[1, 1, 1, 1], fpn_channels=16, fc_dim=16, mask_dim=8, n_mask_convs=1)
+    keys = []
+    for changes in ({}, dict(droploss=0.5), dict(rpn_batch=8), {}):
+        torch.manual_seed(0)
+        keys.append(train._recipe(build_model(small | dict(n_things=1, n_stuff=0) | changes), data, solver, None))
+    assert keys[0] == keys[3] and len(set(keys)) == 3

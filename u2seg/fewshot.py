@@ -196,7 +196,11 @@ def _score(model, root, truths, folder, key):
     for t in truths:
         identity = Mapping(np.array(t.things), np.array(t.stuff), np.array(t.stuff))
         scores.append(score(predictions[t.split]['U2Seg'], t, identity))
-    return {k: float(np.mean([s[k] for s in scores])) for k in scores[0]}
+    return {k: _mean([s[k] for s in scores]) for k in scores[0]}
+
+def _mean(values): # -1: nothing to find, as in a split without objects
+    known = [v for v in values if v >= 0]
+    return float(np.mean(known)) if known else -1.
 
 # %% ../nbs/80_fewshot.ipynb #mean_scores
 SHOWN = 'box_AP', 'box_AP50', 'mask_AP', 'mask_AP50', 'PQ', 'PQ_things', 'PQ_stuff', 'mIoU'
@@ -206,7 +210,7 @@ def mean_scores(results:list[dict])->list[dict]: # {init, percent, scores of `SH
     out = []
     for p, i in dict.fromkeys((r['percent'], r['init']) for r in results):
         runs = [r for r in results if (r['percent'], r['init']) == (p, i)]
-        out.append(dict(init=i, percent=p, **{k: float(np.mean([r[k] for r in runs])) for k in SHOWN}))
+        out.append(dict(init=i, percent=p, **{k: _mean([r[k] for r in runs]) for k in SHOWN}))
     return out
 
 def nest(means:list[dict])->dict: # init -> percent -> scores

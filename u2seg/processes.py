@@ -70,7 +70,8 @@ def _processes(device):
         timeout = timedelta(seconds=PATIENCE)
         store, rank, world = next(rendezvous('env://', timeout=timeout))
         store = dist.PrefixStore(_meet(dist.PrefixStore('u2seg', store), rank, world), store)
-        backend = 'nccl' if device.type == 'cuda' else 'gloo'
+        alone = int(os.environ.get('LOCAL_WORLD_SIZE', world)) <= torch.cuda.device_count()   # NCCL: one process a GPU
+        backend = 'nccl' if device.type == 'cuda' and alone else 'gloo'
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     return (dist.get_rank(), dist.get_world_size()) if world > 1 else (0, 1)
 

@@ -52,7 +52,7 @@ def detect(model:nn.Module,      # in eval mode: images, sizes -> [{boxes, score
                    category_ids=category_ids)
     load = lambda im: (im, read_image(Path(root)/im['file_name']))
     work = partial(_detect, model, **options)
-    key = dict(weights=weights_digest(model), **options)
+    key = dict(weights=weights_digest(model), config=getattr(model, 'config', None), **options)
     records, skipped = sharded(images, load, work, folder, root=root, key=key, shard_size=64, batch_size=batch_size,
                                desc='detecting')
     return [r['image'] for r in records], [a for r in records for a in r['annotations']], skipped

@@ -142,7 +142,8 @@ def write_semantic(labeller:Labeller, extract:Callable, root:str|Path, images:li
     options = dict(size=size, patch_size=patch_size, alpha=alpha, flip=flip, crf=crf)
     if certainty: options['certainty'] = True
     state = b''.join(v.detach().cpu().numpy().tobytes() for v in labeller.state_dict().values())
-    digest = hashlib.sha256(state + json.dumps([options, key], sort_keys=True).encode()).hexdigest()[:16]
+    listed = [[im['id'], im['file_name']] for im in images]        # maps are named by ids, which others may have
+    digest = hashlib.sha256(state + json.dumps([options, key, listed], sort_keys=True).encode()).hexdigest()[:16]
     work_folder, sizes = Path(work_folder)/digest, dict(batch_size=batch_size, shard_size=shard_size)
     part = partial(_write_part, labeller, extract, root, images, work_folder, options, sizes)
     n = 1 if labeller.clusters.is_cuda else min(n_procs, math.ceil(len(images)/shard_size))

@@ -102,10 +102,14 @@ def sure(stuff:np.ndarray, level:np.ndarray, # uint8 [H, W], 0 = thing, 1 ... S 
     return np.where(level >= least, stuff.astype(int) - 1, 255).astype(np.uint8)
 
 # %% ../nbs/61_teacher.ipynb #label
+def _in_parts(model, images, scales): # 2 megapixels at a time: all probabilities at full size are held
+    n = max(2**21//max(im.shape[0]*im.shape[1] for im in images), 1)
+    for k in range(0, len(images), n): yield from average_views(model, images[k:k + n], scales=scales)
+
 def _label(model, loaded, *, folder, scales, score_threshold):
     "The teacher's records of one batch."
     out = []
-    for (im, image), (probs, found) in zip(loaded, average_views(model, [x for _, x in loaded], scales=scales)):
+    for (im, image), (probs, found) in zip(loaded, _in_parts(model, [x for _, x in loaded], scales)):
         best, stuff = (x.cpu().numpy() for x in probs.max(0))
         level = (100*best).astype(np.uint8)
         write_png(folder/_name(im), np.stack([stuff, level, level], -1).astype(np.uint8))

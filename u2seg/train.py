@@ -228,16 +228,16 @@ def _settle_bn(run, slices, n_iters, n):
 
 # %% ../nbs/44_train.ipynb #recipe
 def _recipe(model, batches, solver, amp):
-    "Digest of all that shapes the result: initial weights, data, solver, augmentation."
-    d = batches.dataset
-    shapes = replace(solver, checkpoint_period=1), amp, batches.augment, batches.seed, batches.batch_size, d.sizes
-    digest = hashlib.sha256(repr(shapes).encode())
-    for x in (*model.state_dict().values(), *d.labels): digest.update(x.detach().cpu().contiguous().numpy().tobytes())
-    power = filter(None, [getattr(d, 'power', 0)])
+    "Digest of all that shapes the result: network, initial weights, data, solver, augmentation."
+    d, heads = batches.dataset, getattr(model, 'roi_heads', None)
+    shapes = (replace(solver, checkpoint_period=1), amp, getattr(model, 'config', 0), getattr(heads, 'droploss', 0),
+              batches.augment, batches.seed, batches.batch_size, d.sizes)
+    h = hashlib.sha256(repr(shapes).encode())
+    for x in (*model.state_dict().values(), *d.labels): h.update(x.detach().cpu().contiguous().numpy().tobytes())
+    power, maps = filter(None, [getattr(d, 'power', 0)]), getattr(d, 'checksums', tuple)()
     weights = (w.tolist() for w in getattr(d, 'weights', None) or ())
-    for x in (*getattr(d, 'images', ()), *getattr(d, 'rles', ()), *power, *weights): digest.update(repr(x).encode())
-    for maps in getattr(d, 'checksums', tuple)(): digest.update(maps)
-    return digest.hexdigest()
+    for x in (*getattr(d, 'images', ()), *getattr(d, 'rles', ()), *power, *weights, *maps): h.update(repr(x).encode())
+    return h.hexdigest()
 
 # %% ../nbs/44_train.ipynb #fit
 def fit(model:nn.Module,   # `model(images, targets) -> {name: loss}` in training mode
