@@ -247,10 +247,31 @@ def test_a_file_of_an_earlier_training_is_not_taken_for_an_edit(tmp_path):
     journal.close()
     carried = journal.names.names
     (tmp_path / 'names.yaml').write_bytes(older)  # git checkout names.yaml
-    with pytest.raises(ValueError, match='is of other clusters than names.log; delete it'):
+    with pytest.raises(ValueError, match='is of other clusters than names.log; move it away'):
         resume(tmp_path, other)
     (tmp_path / 'names.yaml').unlink()
     assert resume(tmp_path, other).names.names == carried
+
+
+def test_a_stop_between_log_and_file_loses_no_action(tmp_path):
+    gallery = make_gallery(tmp_path)
+    journal = resume(tmp_path, gallery)
+    journal.do(dict(do='name', labels=['1'], name='cat'))
+    before = (tmp_path / 'names.yaml').read_bytes()
+    journal.do(dict(do='name', labels=['2'], name='dog'))
+    journal.close()
+    (tmp_path / 'names.yaml').write_bytes(before)  # as a kill leaves it
+    journal = resume(tmp_path, gallery)
+    assert journal.names.names == {'1': 'cat', '2': 'dog'} == read_names(tmp_path / 'names.yaml').names
+    journal.close()
+
+
+def test_names_of_these_clusters_win_over_the_log_of_others(tmp_path):
+    gallery = make_gallery(tmp_path, clusters='first')
+    resume(tmp_path, gallery).close()
+    write_names(tmp_path / 'names.yaml', Names(4, 2, {'1': 'horse'}, clusters='second'))  # a colleague's
+    other = replace(gallery, names=replace(gallery.names, clusters='second'))
+    assert resume(tmp_path, other).names.names == {'1': 'horse'}
 
 
 def test_the_same_regions_of_stuff_show_after_another_training(tmp_path):

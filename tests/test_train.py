@@ -591,6 +591,16 @@ def test_precise_bn_is_mean_and_variance_over_batches():
     assert torch.equal(bn[0].running_mean, before)  # a frozen layer stays frozen
 
 
+def test_the_variance_of_precise_bn_never_falls_below_0():
+    "Means far from 0 and hardly any spread: a difference of squares loses all digits."
+    torch.manual_seed(0)
+    for mean, std in ((10, 5e-4), (300, 0.1)):
+        bn = nn.BatchNorm2d(64)
+        xs = iter(torch.randn(8, 4, 64, 4, 4) * std + mean)
+        precise_bn(bn, lambda: bn(next(xs)), 8)
+        assert torch.allclose(bn.running_var, torch.full((64,), std**2), rtol=0.5)
+
+
 class FakeBoard:
     "Stands for TensorBoard's writer."
 

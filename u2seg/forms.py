@@ -11,6 +11,7 @@ import csv
 import hashlib
 import io
 import os
+import re
 import warnings
 from pathlib import Path
 from xml.etree import ElementTree as ET
@@ -212,7 +213,7 @@ def studio_config(names:list[str])->bytes: # of the classes; XML
 # %% ../nbs/28_forms.ipynb #split
 def by_digest(names:list[str])->list[int]:
     "Places of the names in an order that depends on nothing else."
-    return sorted(range(len(names)), key=lambda i: hashlib.sha256(names[i].encode()).hexdigest())
+    return sorted(range(len(names)), key=lambda i: hashlib.sha256(os.fsencode(names[i])).hexdigest())
 
 def split_of(names:list[str], # file names
              val:float,       # fraction of the images in the split val
@@ -237,8 +238,9 @@ def flat_names(files:list[str])->list[str]:
     "A name for each file, without folder and suffix."
     taken = {}
     for f in files:
-        name = os.fsencode(os.path.splitext(f)[0].lstrip('/').replace('/', '_'))[:100].decode(errors='ignore')
-        if name in taken: name = f'{name}.{hashlib.sha256(f.encode()).hexdigest()[:8]}'
+        name = re.sub(r'[/\x00-\x1f]', '_', os.path.splitext(f)[0].lstrip('/'))
+        name = os.fsencode(name)[:100].decode(errors='ignore')      # a file's name has at most 255 bytes
+        if name in taken: name = f'{name}.{hashlib.sha256(os.fsencode(f)).hexdigest()[:8]}'
         taken[name] = f
     return [*taken]
 

@@ -168,9 +168,8 @@ def stuff_regions(folder:str|Path, images:list[dict], # maps of stage stego; {id
         for c in np.flatnonzero(counts >= .02*labels.size).tolist():
             region = dict(image_id=im['id'], category_id=n_things + 1 + c, segmentation=encode_rle(labels == c))
             of.setdefault(c, []).append(region)
-    names = {im['id']: im['file_name'] for im in images}
-    def chosen(rows): return [rows[i] for i in sorted(by_digest([names[r['image_id']] for r in rows])[:n_most])]
-    some = [r for c in sorted(of) for r in chosen(of[c])]
+    place = {images[i]['id']: k for k, i in enumerate(by_digest([im['file_name'] for im in images]))}
+    some = [r for c in sorted(of) for r in sorted(of[c], key=lambda r: place[r['image_id']])[:n_most]]
     return some, {str(n_things + 1 + c): len(rows) for c, rows in of.items()}
 
 def _spaced(n, most): return np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(int)).tolist() if n else []
@@ -257,24 +256,26 @@ def resume(folder:str|Path, gallery:Gallery)->Journal:
     if by_hand and not (folder/LOG).is_file() and by_hand.clusters != fresh.clusters:
         raise ValueError(f'{folder/NAMES}: is of other clusters, and {LOG}, which holds their instances, is not there')
     journal = Journal(folder)
-    if not journal.start:
+    strange = bool(journal.start and by_hand and by_hand.clusters not in ('', journal.names.clusters))
+    if not journal.start or strange and by_hand.clusters == fresh.clusters:
         names = _bound(by_hand, fresh) if by_hand else fresh    # names of these clusters, perhaps of another training
         journal.begin(names, gallery.some_of(names))
         return journal
-    if by_hand and by_hand.clusters not in ('', journal.names.clusters):
+    if strange:
         journal.close()
-        raise ValueError(f'{folder/NAMES}: is of other clusters than {LOG}; delete it, and it is written anew')
-    if by_hand and _content(by_hand) != _content(journal.names):
+        raise ValueError(f'{folder/NAMES}: is of other clusters than {LOG}; move it away, and it is written anew')
+    if by_hand and _content(by_hand) not in map(_content, [journal.names, *journal.past[-1:]]): # a stop may leave that
         journal.do(dict(do='set', names=as_yaml(by_hand)))
     old = journal.names
-    if old.clusters == fresh.clusters:
-        if old.model != fresh.model: journal.begin(_bound(old, fresh), journal.start['instances'])
-        else: journal.write()
+    if (old.clusters, old.model) == (fresh.clusters, fresh.model): journal.write()
+    elif old.clusters == fresh.clusters: journal.begin(_bound(old, fresh), journal.start['instances'])
     else:
         new, carried, unsure = carry(old, journal.start['labels'], journal.start['instances'], fresh, gallery.coco())
         journal.begin(new, gallery.some_of(new), carried=carried, unsure=unsure)
     return journal
 
+
+# %% ../nbs/65_gallery.ipynb #resume_parts
 def _content(names): return as_yaml(names) | dict(model='', clusters='')
 
 def _bound(names, to): return replace(names, model=to.model, clusters=to.clusters)

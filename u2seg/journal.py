@@ -249,6 +249,7 @@ def read_csv(path:str|Path, names:Names)->Names:
             if said != (name, discard): raise ValueError(f'cluster {label} is in row {other} already')
         except ValueError as e: raise ValueError(f'{path}: row {i}: {e}') from None
         rows.append((i, label, name, discard))
+    rows.sort(key=lambda row: row[2].startswith(('thing_', 'stuff_'))) # free once their clusters have others
     return _take(replace(names, names={l: v for l, v in names.names.items() if l not in rows_of}), rows, path)
 
 def _take(names, rows, path):

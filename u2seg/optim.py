@@ -49,15 +49,20 @@ def clip_gradients(parameters:list[Tensor],
 
 # %% ../nbs/43_optim.ipynb #precise_bn
 class _Moments:
-    "Mean and mean square of what a BatchNorm layer sees; a hook behind it, which takes its momentum to be 1."
-    def __init__(self, layer): self.n, self.mean, self.square = 0, 0*layer.running_mean, 0*layer.running_var
+    "Mean and variance of what a BatchNorm layer sees; a hook behind it, which takes its momentum to be 1."
+    def __init__(self, layer):
+        self.n, self.mean, self.within, self.between = 0, *(0*layer.running_mean for _ in range(3))
 
     def __call__(self, layer, inputs, output):
         biased = layer.running_var*(1 - inputs[0].shape[1]/inputs[0].numel())
         self.n += 1
-        self.mean += (layer.running_mean - self.mean)/self.n
-        self.square += (layer.running_mean**2 + biased - self.square)/self.n
+        step = layer.running_mean - self.mean
+        self.mean += step/self.n
+        self.between += step*(layer.running_mean - self.mean)           # Welford's sum: it cannot fall below 0
+        self.within += (biased - self.within)/self.n
 
+
+# %% ../nbs/43_optim.ipynb #precise_bn_set
 @torch.no_grad()
 def precise_bn(model:nn.Module,
                feed:Callable,     # () -> runs the model once, in training mode, on a new batch
@@ -68,10 +73,10 @@ def precise_bn(model:nn.Module,
     if not layers or not n: return
     hooks, momenta = [m.register_forward_hook(seen) for m, seen in layers.items()], [m.momentum for m in layers]
     for m in layers: m.momentum = 1.
-    for _ in range(n): feed()
-    for (m, seen), momentum, hook in zip(layers.items(), momenta, hooks):
-        hook.remove()
-        m.momentum = momentum
-        if not seen.n: continue
+    try:
+        for _ in range(n): feed()
+    finally:
+        for m, momentum, hook in zip(layers, momenta, hooks): m.momentum = momentum; hook.remove()
+    for m, seen in ((m, seen) for m, seen in layers.items() if seen.n):
         m.running_mean.copy_(seen.mean)
-        m.running_var.copy_(seen.square - seen.mean**2)
+        m.running_var.copy_(seen.within + seen.between/seen.n)

@@ -48,7 +48,8 @@ def _panoptic(folder): # image id -> (path, segments); the categories
 
 def _folder_of(source, images, info): # of the images
     if images is not None: return Path(os.path.abspath(images))
-    if root := (info if isinstance(info, dict) else {}).get('root'): return Path(root)
+    root = info.get('root') if isinstance(info, dict) else None
+    if isinstance(root, str) and os.path.isabs(root): return Path(root)
     note = source.parent/'.work'/'images.json'
     if note.is_file(): return common_folder(read_json(note)['images'])
     if (run := _run_of(source.parent)) is None: return Path(os.path.abspath(source.parent))

@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import as_completed, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_context, parent_process
@@ -177,14 +177,14 @@ def _one_process(i, n, share, desc):
     share(desc if i == 0 else '')
 
 # %% ../nbs/05_shards.ipynb #collect
-def _collect(results, n_images, desc):
-    "What each of the functions returns, under a progress bar."
-    counts, unit = (n_images, 'image') if n_images else ([1]*len(results), 'it')
-    out = []
+def _collect(done, n, n_images, desc): # done: (number of a job, what it returned), as they come
+    "What each of the n jobs returns, under a progress bar."
+    counts, unit = (n_images, 'image') if n_images else ([1]*n, 'it')
+    out = [None]*n
     with tqdm(total=sum(counts), desc=desc, unit=unit) as bar:
-        for result, n in zip(results, counts):
-            out.append(result())
-            bar.update(n)
+        for i, result in done:
+            out[i] = result
+            bar.update(counts[i])
     return out
 
 # %% ../nbs/05_shards.ipynb #begin_worker
@@ -211,10 +211,12 @@ def run_all(jobs:list[Callable], # picklable
             )->list: # what each returns
     "Run independent jobs, in processes of their own."
     if n_procs < 1: raise ValueError(f'n_procs must be at least 1, got {n_procs}')
-    if n_procs == 1 or len(jobs) < 2: return _collect(jobs, n_images, desc)
+    rest = len(jobs), n_images, desc
+    if n_procs == 1 or len(jobs) < 2: return _collect(((i, job()) for i, job in enumerate(jobs)), *rest)
     n = min(at_most_cores(n_procs), len(jobs))
     with ProcessPoolExecutor(n, mp_context=get_context('spawn'), initializer=_begin_worker) as pool:
-        try: return _collect([pool.submit(job).result for job in jobs], n_images, desc)
+        at = {pool.submit(job): i for i, job in enumerate(jobs)}
+        try: return _collect(((at[f], f.result()) for f in as_completed(at)), *rest)
         except BaseException:
             for p in list(pool._processes.values()): p.terminate()      # training writes its checkpoint then
             raise
