@@ -206,7 +206,7 @@ def test_fault_of_the_program_is_not_swallowed(tmp_path):
 
     with pytest.raises(ZeroDivisionError):
         sharded([dict(file_name='a')], lambda i: i, work, tmp_path, key={})
-    with pytest.raises(RuntimeError, match='more records'):
+    with pytest.raises(RuntimeError, match='work gave 2 records for 1 items'):
         sharded([dict(file_name='a')], lambda i: i, lambda b: [{}, {}], tmp_path, key={})
 
 

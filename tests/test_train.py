@@ -758,7 +758,7 @@ def test_a_checkpoint_that_another_process_sets_aside(tmp_path, monkeypatch):
 
 
 def test_the_group_speaks_where_the_model_lies(monkeypatch):
-    "A model on the CPU of a machine with GPUs: NCCL cannot carry its tensors."
+    "A model on the CPU of a machine with GPUs: NCCL cannot carry its tensors, nor those of two processes on a GPU."
     import torch.distributed as dist
     from u2seg import processes
 
@@ -766,6 +766,7 @@ def test_the_group_speaks_where_the_model_lies(monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '2')
     monkeypatch.setenv('RANK', '1')
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)
     monkeypatch.setattr(torch.cuda, 'set_device', lambda device: asked.append(device))
     monkeypatch.setattr(processes, 'rendezvous', lambda *args, **kwargs: iter([(dist.HashStore(), 1, 2)]))
     monkeypatch.setattr(processes, '_meet', lambda *args: 'name')
@@ -774,6 +775,8 @@ def test_the_group_speaks_where_the_model_lies(monkeypatch):
     monkeypatch.setattr(dist, 'get_world_size', lambda: 2)
     assert processes._processes(torch.device('cpu')) == (1, 2) and asked == ['gloo']
     assert processes._processes(torch.device('cuda', 3)) == (1, 2) and asked[1:] == [torch.device('cuda', 3), 'nccl']
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '5')
+    assert processes._processes(torch.device('cuda', 0)) == (1, 2) and asked[3:] == [torch.device('cuda', 0), 'gloo']
 
 
 @pytest.mark.parametrize(

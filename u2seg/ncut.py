@@ -188,8 +188,8 @@ def spectral_gap(keys:Tensor,  # float [b, d, n]
                  *, tau:float, eps:float=1e-5,
                  )->Tensor:    # float64 [b], mu_2 - mu_3 = lambda_3 - lambda_2; below about 1e-3 the cut is ill posed
     "Distance of the second eigenvalue from the third."
-    if keys.shape[2] < 3: raise ValueError(f'a gap needs 3 tokens or more, got {keys.shape[2]}')
     g = token_graph(token_affinity(keys, tau=tau), eps=eps)
+    if keys.shape[2] < 3: raise ValueError(f'a gap needs 3 tokens or more, got {keys.shape[2]}')
     y1 = F.normalize(1/g.scale, dim=-1)[:, None]
     mu2, y2 = _largest(g, y1, 1e-5)
     mu3, _ = _largest(g, torch.cat([y1, y2[:, None]], 1), 1e-5)
