@@ -344,3 +344,8 @@ def test_nothing_is_fine_tuned_without_panoptic_annotations_of_things_and_stuff(
     things = [dict(c, isthing=1) for c in CATEGORIES]  # such as an instance file that was converted
     write_json(file, dict(read_json(file), categories=things))
     assert not able('s/val') and able('t/train')
+
+
+def test_a_split_without_objects_takes_nothing_from_the_mean():
+    "Its AP is -1: there was nothing to find."
+    assert fewshot._mean([0.25, -1.0, 0.75]) == 0.5 and fewshot._mean([-1.0, -1.0]) == -1.0

@@ -25,6 +25,7 @@ from u2seg.results import COLUMNS, HEAD, headline
 from u2seg.scenes import draw_dataset
 from u2seg.score import evaluate_files, find_truths
 from u2seg.shards import run_all
+from u2seg import truth
 from u2seg.truth import truth_map
 
 REPO = Path(__file__).resolve().parent.parent
@@ -267,3 +268,8 @@ def test_a_map_of_other_segments_than_its_list_is_refused(drawn, tmp_path):
     (tmp_path / 'p').symlink_to(file.with_suffix(''))
     with pytest.raises(ValueError, match='image 1: .*p: segment .* is in the PNG, not in the JSON'):
         evaluate_files(file, predictions=tmp_path / 'p.json', out=tmp_path / 'evaluated')
+
+
+def test_no_split_has_the_name_of_what_mappings_are_fitted_on(tmp_path):
+    names = [truth._called(tmp_path / 'scenes', split) for split in ('train', './train', 'val', 'a/train', '.')]
+    assert names == ['scenes/train', 'scenes/train', 'val', 'a/train', 'scenes']

@@ -1,6 +1,7 @@
 """STEGO against loops that write out its formulas, and its training and files against interruptions and foul input."""
 
 import os, sys, types
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -887,3 +888,20 @@ def test_published_settings_are_complete_sections():
     assert steps == dict(
         coco27_vit_base=base, cityscapes_vit_base=base, coco27_vit_small=small, cityscapes_vit_small=small
     )
+
+
+def test_maps_of_another_list_of_images_are_not_taken_over(tmp_path):
+    "Ids name the maps, and another list gives them to other images."
+    for name, value in (('black', 0), ('white', 255)):
+        Image.fromarray(np.full((32, 32, 3), value, np.uint8)).save(tmp_path / f'{name}.png')
+    clusters = torch.tensor([[1.0, 1, 1], [-1.0, -1, -1]])
+    labels = Labeller(PcaHead(torch.zeros(3), torch.eye(3)), clusters).eval().requires_grad_(False)
+
+    def made(*names):
+        images = [dict(id=i, file_name=f'{n}.png') for i, n in enumerate(names, 1)]
+        options = dict(size=32, patch_size=8, alpha=2.0, flip=False, crf=None, work_folder=tmp_path / 'work')
+        write_semantic(labels, partial(F.avg_pool2d, kernel_size=8), tmp_path, images, tmp_path / 'out', **options)
+        return [int(read_semantic(tmp_path / 'out' / f'{i:012d}.png')[0, 0]) for i, _ in enumerate(names, 1)]
+
+    (black,), (white, again) = made('black'), made('white', 'black')
+    assert made('black') == [black] == [again] != [white]
