@@ -171,5 +171,5 @@ def test_what_is_labelled_is_not_suggested():
 
 def test_other_images_held_out_are_another_run(data):
     halves = [F._halves(data / 'labels.json', data, fraction)[:2] for fraction in (0.2, 0.5, 0.2)]
-    a, b, again = (F._digest(['weights'], *h) for h in halves)
+    a, b, again = (F._digest('weights', F._files(*h)) for h in halves)
     assert a == again != b

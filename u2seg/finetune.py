@@ -6,8 +6,6 @@
 __all__ = ['SCORES', 'PATIENCE', 'Plan', 'plan', 'figure', 'finetune']
 
 # %% ../nbs/99_finetune.ipynb #imports
-import hashlib
-import json
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +27,7 @@ from .model import build_model, check_config, read_config
 from .optim import CLASS_LAYERS
 from .predict import _locate, check_device
 from .result_folder import result_folder
+from .shards import _digest
 from .show import Picture, save_figure
 from .solver import Solver
 from .train import fit
@@ -139,13 +138,11 @@ def _rounds(model, root, train, val, p, folder, seed)->list[dict]:
     return rounds
 
 # %% ../nbs/99_finetune.ipynb #run
-def _digest(values, *truths): # of the values, and which images
-    values = [*values, *([im['file_name'] for im in t.images] for t in truths)]
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+def _files(*truths): return [[im['file_name'] for im in t.images] for t in truths]
 
 def _run(train, p, *, val, root, config, file, folder, seed, device)->tuple[nn.Module, list[dict]]:
     model = _network(config, file, train, seed).to(device)
-    name = _digest([asdict(p), seed, config['droploss'], file and file_hash(file)], train, val)
+    name = _digest(asdict(p), seed, config['droploss'], file and file_hash(file), _files(train, val))
     return model, _rounds(model, root, train, val, p, folder/name, seed)
 
 def _before(file, config, root, train, val, device, folder):
@@ -155,7 +152,7 @@ def _before(file, config, root, train, val, device, folder):
         load_weights(model, file)
         few = part_of(train, [i < 200 for i in range(len(train.images))])
         return _scores(model, root, val, _voted(model, root, few))
-    return _once(folder/f'before-{_digest([file_hash(file)], train, val)}.json', measure)
+    return _once(folder/f'before-{_digest(file_hash(file), _files(train, val))}.json', measure)
 
 def _smallest(truth, sizes)->list: # a part of `truth` for each size below its own
     "The images whose names have the smallest digests."
