@@ -23,7 +23,7 @@ from u2seg import download as D
 from u2seg.checkpoints import load_weights
 from u2seg.cli import main
 from u2seg.convert import checkpoint_config
-from u2seg.cut import cut_image, load_backbone
+from u2seg.cut import cut_folder, cut_image, load_backbone
 from u2seg.features import ViTFeatures
 from u2seg.images import read_json, write_json
 from u2seg.model import build_model
@@ -406,6 +406,25 @@ def test_maskcut_on_any_image_with_a_file_of_dino(tmp_path, wrap, capsys, monkey
     assert [a['segmentation'] for a in coco['annotations']] == [m['segmentation'] for m in masks]
     assert all(a['segmentation']['size'] == [90, 120] for a in coco['annotations'])
     assert Image.open('cut/overlay/photo.png').size == (120, 90)
+
+
+def test_maskcut_stopped_while_it_writes_cuts_nothing_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    vit_file('dino.pth', dict)
+    (tmp_path / 'photos').mkdir()
+    for i in range(4):
+        photo(f'photos/{i}.png', 90, 120)
+    in_the_way = tmp_path / 'cut' / 'overlay' / '2.png'
+    in_the_way.mkdir(parents=True)
+    options = dict(size=64, tau=0.3, device='cpu')
+    with pytest.raises(OSError):
+        cut_folder('photos', 'cut', 'dino.pth', **options)
+    in_the_way.rmdir()
+    shards = lambda: {p: p.stat().st_mtime_ns for p in (tmp_path / 'cut' / '.work').rglob('shard_*')}
+    cuts = shards()
+    photo('photos/more.png', 90, 120)  # and one photo more
+    assert cut_folder('photos', 'cut', 'dino.pth', **options)['images'] == 5
+    assert len(cuts) == 4 and cuts.items() < shards().items() and len(shards()) == 5  # its own
 
 
 @pytest.mark.parametrize(

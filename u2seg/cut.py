@@ -114,6 +114,13 @@ def _write(out, item, image, annotations):
     size = dict(height=image.shape[0], width=image.shape[1])
     write_json(record_file(out, item), dict(size, stamp=item['stamp'], annotations=annotations))
 
+def _write_part(out, part, coco, reasons):
+    of_image = by_image(coco)
+    for item in part:
+        reason = reasons.get(item['file_name'])
+        if reason: write_json(record_file(out, item), dict(skipped=reason))
+        else: _write(out, item, read_image(item['file']), of_image[item['id']])
+
 def _record(out, item): # what became of an image; {}: not finished
     try: return read_json(record_file(out, item))
     except ValueError: return {}
@@ -136,6 +143,16 @@ def _write_lists(out): # of all images that the folder knows
     write_json(out/'instances.json', dict(info=dict(root=str(root)), **coco))
     write_json(out/'skipped.json', skipped)
 
+# %% ../nbs/66_cut.ipynb #parts
+def _parts(out, items): # what is to be cut, first what a stopped call was about: its shards are found by their list
+    path, undone = out/'.work'/'todo.json', {item['id'] for item in items if not _is_done(out, item)}
+    try: before = {*read_json(path)}
+    except ValueError: before = set()
+    for ids in before if before & undone else set(), undone - before:
+        part = [item for item in items if item['id'] in ids]
+        if part: write_json(path, [item['id'] for item in part])
+        if part: yield part
+
 # %% ../nbs/66_cut.ipynb #cut_folder
 def cut_folder(images:str|Path|list,         # files, folders, patterns
                out:str|Path,                 # folder for overlay/ and instances.json
@@ -152,16 +169,14 @@ def cut_folder(images:str|Path|list,         # files, folders, patterns
         with alone(out): claim(out, dict(weights=weights_digest(features), settings=options, names={}), files)
         items = [item for item in known_items(out) if item['file'] in now]
         items = [dict(item, file_name=os.path.relpath(item['file'], root)) for item in items]
-        todo = [item for item in items if not _is_done(out, item)]
-        listed = [dict(id=item['id'], file_name=item['file_name']) for item in todo]
-        coco, skipped = label_images(listed, features, **work, **options)
-        if len(skipped) == len(items):
-            raise ValueError(f"none of {len(items)} could be read; the first: {skipped[0]['reason']}")
-        reasons, of_image = {s['file_name']: s['reason'] for s in skipped}, by_image(coco)
-        for item in todo:
-            reason = reasons.get(item['file_name'])
-            if reason: write_json(record_file(out, item), dict(skipped=reason))
-            else: _write(out, item, read_image(item['file']), of_image[item['id']])
+        reasons = {}
+        for part in _parts(out, items):
+            listed = [dict(id=item['id'], file_name=item['file_name']) for item in part]
+            coco, skipped = label_images(listed, features, **work, **options)
+            reasons |= {s['file_name']: s['reason'] for s in skipped}
+            if len(reasons) == len(items):
+                raise ValueError(f'none of {len(items)} could be read; the first: {next(iter(reasons.values()))}')
+            _write_part(out, part, coco, reasons)
     with alone(out): _write_lists(out)
     made = [r['annotations'] for item in items if 'annotations' in (r := _record(out, item))]
-    return dict(images=len(made), masks=sum(map(len, made)), skipped=len(skipped))
+    return dict(images=len(made), masks=sum(map(len, made)), skipped=len(reasons))
