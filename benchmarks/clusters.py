@@ -2,19 +2,20 @@
 
     python benchmarks/clusters.py --work DIR [--runs out/cluster ...] [--out benchmarks/results/clusters.md]
 
-Clusters are fitted on the embeddings of each run (of other seeds, say). They get names by the vote of the true objects
-of the training images that stage evaluate takes, and are scored on the true objects of the development set (see
-development.py): no detector and no training in between. *All named* is the same with each cluster named on the
-development set itself, which rises with the number of clusters by construction.
+Clusters are fitted on the embeddings of each run; those of results/clusters.md are the five of sweep `plus`, whose
+detector has no DropLoss and no masks along the border. They get names by the vote of the true objects of the training
+images that stage evaluate takes, and are scored on the true objects of the development set (see development.py): no
+detector and no training in between. *All named* is the same with each cluster named on the development set itself,
+which rises with the number of clusters by construction.
 """
 
 import argparse
-import statistics
 from pathlib import Path
 
 import numpy as np
 import torch
 from development import development_set
+from labellers import spread
 from machine import heading, publish
 
 from u2seg.cluster import fit_clusters
@@ -22,6 +23,7 @@ from u2seg.crops import embed_file
 from u2seg.device import own_device
 from u2seg.features import ViTFeatures, weights_digest
 from u2seg.images import read_json
+from u2seg.matching import match_clusters
 from u2seg.stage import load_params
 from u2seg.truth import read_truths
 
@@ -46,26 +48,21 @@ def true_objects(vit, recipe, root, splits, work, **options):
     return out
 
 
-def vote(clusters, classes, k):
-    "The class of most objects in each cluster, -1 where there is none."
-    counts = np.zeros((k, classes.max() + 1), int)
-    np.add.at(counts, (clusters, classes), 1)
-    return np.where(counts.any(1), counts.argmax(1), -1)
+def named(clusters, classes, k):
+    "The class that each cluster gets by vote, -1 where none is known."
+    votes = np.zeros((k, classes.max() + 1), int)
+    np.add.at(votes, (clusters, classes), 1)
+    return match_clusters(votes)
 
 
 def accuracies(clusters, named_on, scored_on):
     "Of each split: share of objects whose cluster has the name of their class; the same, named on these splits."
     k = len(clusters.centroids)
-    names = vote(clusters.assign(np.concatenate([x for x, _ in named_on])), np.concatenate([y for _, y in named_on]), k)
+    known, classes = (np.concatenate(part) for part in zip(*named_on))
+    names = named(clusters.assign(known), classes, k)
     seen = [(clusters.assign(x), y) for x, y in scored_on]
-    best = vote(np.concatenate([c for c, _ in seen]), np.concatenate([y for _, y in seen]), k)
+    best = named(np.concatenate([c for c, _ in seen]), np.concatenate([y for _, y in seen]), k)
     return [[(n[c] == y).mean() for n in (names, best)] for c, y in seen]
-
-
-def show(values):
-    "Percent: mean, with the deviation of several."
-    spread = f' ± {100 * statistics.stdev(values):.1f}' if len(values) > 1 else ''
-    return f'{100 * statistics.mean(values):.1f}{spread}'
 
 
 def main(a):
@@ -94,7 +91,7 @@ def main(a):
     for setting in SETTINGS:
         of = options | setting
         scores = np.array([accuracies(fit_clusters(x, recipe, **of)[0], named_on, scored_on) for x in rows])
-        cells = [show(list(scores[:, i, j])) for j in (0, 1) for i in range(len(KINDS))]
+        cells = [spread(list(scores[:, i, j])) for j in (0, 1) for i in range(len(KINDS))]
         first = [str(of['k']), str(of['pca']), 'yes' if of['whiten'] else 'no']
         if of == options:
             first = [f'**{x}**' for x in first]

@@ -148,10 +148,11 @@ def _parts(out, items): # what is to be cut, first what a stopped call was about
     path, undone = out/'.work'/'todo.json', {item['id'] for item in items if not _is_done(out, item)}
     try: before = {*read_json(path)}
     except ValueError: before = set()
-    for ids in before if before & undone else set(), undone - before:
-        part = [item for item in items if item['id'] in ids]
-        if part: write_json(path, [item['id'] for item in part])
-        if part: yield part
+    first = before if before & undone else set()
+    for ids in first, undone - first:
+        if part := [item for item in items if item['id'] in ids]:
+            write_json(path, [item['id'] for item in part])
+            yield part
 
 # %% ../nbs/66_cut.ipynb #cut_folder
 def cut_folder(images:str|Path|list,         # files, folders, patterns
