@@ -158,6 +158,13 @@ def check_stages(root:str|Path='.')->list[str]: # all stages
     return names
 
 # %% ../nbs/06_stage.ipynb #tidy
+def _joined(outputs): # pieces of stdout that follow each other as one
+    out = []
+    for o in outputs:
+        if out and o.output_type == out[-1].output_type == 'stream': out[-1].text += o.text
+        else: out.append(o)
+    return out
+
 def tidy(nb):
     "Remove from an executed notebook what differs between two equal runs: times, counters, progress bars."
     nb.metadata = {k: nb.metadata[k] for k in ('kernelspec',) if k in nb.metadata}
@@ -167,7 +174,7 @@ def tidy(nb):
         if 'injected-parameters' in tags: c['id'] = 'injected-parameters'
         if c.cell_type != 'code': continue
         c.execution_count = None
-        c.outputs = [o for o in c.outputs if not (o.output_type == 'stream' and o.name == 'stderr')]
+        c.outputs = _joined(o for o in c.outputs if not (o.output_type == 'stream' and o.name == 'stderr'))
         for o in c.outputs:
             if 'execution_count' in o: o.execution_count = None
             o.get('data', {}).pop('application/vnd.jupyter.widget-view+json', None)
